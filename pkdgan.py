@@ -1,0 +1,626 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "torchvision", "scikit-learn"]
+# ///
+"""P-KDGAN: one-class novelty detection by a tiny GAN that learned from a wide one.
+
+    python pkdgan.py                                                # scikit-learn's digits, nothing to download
+    python pkdgan.py --dataset cifar10 --normal 3                   # the paper's experiment, one class
+    python pkdgan.py --dataset folder --data parts --normal good    # your own images
+
+Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for One-class Novelty Detection",
+IJCAI 2020 (arXiv 2007.06963). A wide teacher (suffix _t) and a narrow student (_s), two GANs of one form,
+see images of one normal class only:
+
+    x --encoder--> z --decoder--> x_hat --second encoder--> z_hat        and a discriminator D
+
+Normal images they learn to bring back, code and all; an anomaly's two codes disagree. ||z - z_hat||_2 is the
+anomaly score. Four stages, each evaluated after its last epoch:
+
+    teacher         the wide GAN by itself
+    student alone   the narrow GAN by itself, the baseline
+    step 1          a fresh student learns from the frozen teacher, and from nothing else
+    step 2          both train on jointly: their own GAN losses and the distillation losses
+
+[paper] marks what the paper says, [ours] what it leaves open, the rest is cited; README.md lists every
+difference. The file reads from top to bottom: settings, data, networks, losses, training, evaluation, run.
+"""
+import argparse
+import copy
+import io
+import json
+import math
+import sys
+import tempfile
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import sklearn
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from sklearn.datasets import load_digits
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import train_test_split
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import functional as TF
+
+# ------------------------------------------------------------------------------------------------ settings
+
+SETTINGS = {  # name: (default, what it is); each is a command-line flag as well
+    "size": (32, "images become size x size; a power of two from 16"),
+    "teacher_width": (128, "channels of the teacher's first stage"),
+    "student_width": (24, "channels of the student's first stage"),
+    "z_dim": (100, "length of the codes z and z_hat, teacher and student alike"),
+    "batch": (64, "images per update"),
+    "epochs": (8, "epochs of the teacher"),
+    "epochs1": (8, "epochs of step 1"),
+    "epochs2": (4, "epochs of step 2; the student alone gets epochs1 + epochs2"),
+    "lr_teacher": (5e-4, "learning rate of the teacher"),
+    "lr_student": (2e-3, "learning rate of the student"),
+    "lr2_teacher": (0.2, "step 2: the teacher's learning rate, as a share of lr_teacher"),
+    "lr2_student": (0.5, "step 2: the student's learning rate, as a share of lr_student"),
+    "w_adv": (1.0, "weight of a GAN's adversarial loss"),
+    "w_con": (1.0, "weight of a GAN's contextual loss"),
+    "w_lat": (1.0, "weight of a GAN's latent loss"),
+    "kd_inter": (1.0, "weight of the intermediate distillation loss"),
+    "kd_latent": (1.0, "weight of the latent distillation loss"),
+    "kd_adv": (1.0, "weight of the adversarial distillation loss"),
+    "flip": (1, "1: mirror training images at random, 0: never"),
+}
+PER_DATASET = {  # where a data set differs; the student's widths reach the paper's computation ratios
+    "digits": dict(teacher_width=32, student_width=4, batch=16, epochs=20, epochs1=20, epochs2=10,
+                   lr_teacher=1e-3, w_con=50.0, flip=0),
+    "mnist": dict(student_width=6, w_con=50.0, flip=0),
+    "fmnist": dict(student_width=3),
+    "cifar10": dict(),
+    "folder": dict(),
+}
+
+
+class UsageError(ValueError):
+    """The command line asks for something that there is not: exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The run cannot go on: data missing or broken, or a loss not finite. Exit code 1."""
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+TORCHVISION = {  # name: (class, its files under --data)
+    "mnist": (torchvision.datasets.MNIST, "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"),
+    "fmnist": (torchvision.datasets.FashionMNIST, "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"),
+    "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"),
+}
+
+
+def load_torchvision(dataset, root):
+    """torchvision's (training, test) split of mnist, fmnist or cifar10 under the Path `root`, downloaded if
+    absent. Raises RunError if the files are broken, or absent and not to be had."""
+    cls, files = TORCHVISION[dataset]
+    try:
+        return cls(root, train=True), cls(root, train=False)
+    except RuntimeError:  # torchvision's word for files that are not there, or not the published ones
+        print(f"{dataset} is not (whole) in {root}: downloading it", flush=True)
+    except Exception as error:  # its readers raise whatever the broken bytes lead to
+        raise RunError(f"{dataset} cannot be read ({error}): delete {root / files} and run again")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as part:  # so that Ctrl-C leaves nothing half-written
+            cls(part, download=True)
+            for file in filter(Path.is_file, Path(part).rglob("*")):
+                (target := root / file.relative_to(part)).parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+        return cls(root, train=True), cls(root, train=False)
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"{dataset} cannot be downloaded ({error}): put its files there, {root / files}")
+
+
+def load_folder(root, size):
+    """As load_images, of root/train/<class>/* and root/test/<class>/*, the layout of MVTec AD. Images have one
+    grey channel if all in train are grey. Raises RunError, with the path at fault."""
+    try:
+        train, test = (torchvision.datasets.ImageFolder(root / split) for split in ("train", "test"))
+    except OSError as error:
+        raise RunError(f"{root} is not an image folder with train/<class>/* and test/<class>/*: {error}")
+    classes = train.classes + [name for name in test.classes if name not in train.classes]
+
+    def read(split):
+        x = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
+        for i, (path, _) in enumerate(split.samples):
+            try:
+                x[i] = TF.pil_to_tensor(TF.resize(split.loader(path), [size, size]))
+            except Exception as error:  # decoders raise whatever the broken bytes lead to
+                raise RunError(f"{path} cannot be read as an image ({error}): mend or remove it")
+        return x, torch.tensor([classes.index(split.classes[k]) for k in split.targets])
+
+    (x, c), (x_test, c_test) = read(train), read(test)
+    if (x == x[:, :1]).all():
+        x, x_test = x[:, :1], TF.rgb_to_grayscale(x_test)
+    return x, c, x_test, c_test, classes
+
+
+def load_images(dataset, root, size):
+    """All of a data set: (x, c, x_test, c_test, classes). x, x_test: uint8 (N, channels, size, size), channels 1
+    for grey and 3 for colour; c, c_test: int64 (N,), indices into `classes`, a list of names. Raises RunError."""
+    if dataset == "folder":
+        return load_folder(Path(root), size)
+    if dataset == "digits":  # scikit-learn's 8 x 8 come without a split: a fixed one
+        digits, classes = load_digits(), None
+        parts = train_test_split((digits.images * (255 / 16)).round().astype("uint8"), digits.target,
+                                 test_size=1 / 3, stratify=digits.target, random_state=0)
+    else:
+        train, test = load_torchvision(dataset, Path(root))
+        parts, classes = (train.data, test.data, train.targets, test.targets), train.classes
+    x, x_test, c, c_test = map(torch.as_tensor, parts)
+    x, x_test = (t[:, None] if t.ndim == 3 else t.permute(0, 3, 1, 2) for t in (x, x_test))
+    x, x_test = (TF.resize(t, [size, size]) for t in (x, x_test))
+    return x, c, x_test, c_test, list("0123456789") if dataset in ("digits", "mnist") else classes
+
+
+def one_class_split(x, c, x_test, c_test, normal, val=False):
+    """The one-class task of class index `normal`: (x_train, x_test, y_test), y = 1 for an anomaly.
+
+    x_train is the normal class of the training split, x_test the whole test split [paper]. With `val` a tenth of
+    the training split, always the same, is held out and evaluated instead: settings are chosen there."""
+    if val:
+        held = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) < len(x) // 10
+        x, c, x_test, c_test = x[~held], c[~held], x[held], c[held]
+    return x[c == normal], x_test, (c_test != normal).long()
+
+
+def load_task(s, device):
+    """The task that the settings name: (x_train, x_test, y_test, name of the normal class), with images float32
+    in [-1, 1] on the device. Raises UsageError for an unknown class, RunError for data that will not do."""
+    *images, classes = load_images(s.dataset, s.data, s.size)
+    index = classes.index(s.normal) if s.normal in classes else int(s.normal) if s.normal.isdecimal() else -1
+    if not 0 <= index < len(classes):
+        raise UsageError(f"--normal {s.normal}: {s.dataset} has the classes "
+                         + ", ".join(f"{i} ({name})" for i, name in enumerate(classes)))
+    x, x_test, y_test = one_class_split(*images, index, s.val)
+    if len(x) == 0:
+        raise UsageError(f"--normal {s.normal}: there is no training image of this class")
+    if y_test.unique().numel() < 2:
+        raise RunError(f"no AUROC: the {'validation' if s.val else 'test'} split has no "
+                       + ("anomalies" if 0 in y_test else "normal images"))
+    return *((t.float() / 127.5 - 1).to(device) for t in (x, x_test)), y_test, classes[index]
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+def stage_widths(size, width):
+    """Channels of the stages that halve size x size down to 4 x 4, doubling from `width` up to 8 times it as in
+    DCGAN (Radford et al. 2016): stage_widths(32, 128) = [128, 256, 512]."""
+    return [width * 2 ** min(i, 3) for i in range(int(math.log2(size)) - 2)]
+
+
+def per_image_norm(channels):
+    """Instance normalisation (Ulyanov et al. 2016): each channel of each image by itself [ours].
+
+    Batch normalisation is just this at batch size 1, where the authors had their best results (arXiv 2109.07295).
+    It keeps no statistics, and an image's score cannot depend on its batch. Written as a group norm of one
+    channel a group: the same numbers, faster on CPUs."""
+    return nn.GroupNorm(channels, channels)
+
+
+class Encoder(nn.Module):
+    """x (B, C, size, size) -> code (B, z_dim), and the stages (B, w, size/2, size/2), ..., (B, w', 4, 4)."""
+
+    def __init__(self, size, channels, width, z_dim):
+        super().__init__()
+        widths = stage_widths(size, width)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1, bias=i == 0),  # a norm undoes a bias
+                          per_image_norm(c_out) if i else nn.Identity(),  # DCGAN: none next to the image
+                          nn.LeakyReLU(0.2, inplace=True))
+            for i, (c_in, c_out) in enumerate(zip([channels] + widths, widths)))
+        self.head = nn.Conv2d(widths[-1], z_dim, 4)
+
+    def forward(self, x):
+        stages = [x := stage(x) for stage in self.stages]
+        return self.head(x).flatten(1).float(), stages
+
+
+class Decoder(nn.Module):
+    """z (B, z_dim) -> image (B, C, size, size) in [-1, 1], and the stages (B, w', 4, 4), ... up to size/2."""
+
+    def __init__(self, size, channels, width, z_dim):
+        super().__init__()
+        widths = stage_widths(size, width)[::-1]
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.ConvTranspose2d(c_in, c_out, 4, stride=2 if i else 1, padding=1 if i else 0, bias=False),
+                          per_image_norm(c_out), nn.ReLU(inplace=True))
+            for i, (c_in, c_out) in enumerate(zip([z_dim] + widths, widths)))
+        self.head = nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1)
+
+    def forward(self, z):
+        h = z[:, :, None, None]
+        stages = [h := stage(h) for stage in self.stages]
+        return self.head(h).float().tanh(), stages
+
+
+class Generated(NamedTuple):
+    """What a generator makes of a batch: all that the losses, the distillation and the score need."""
+    z: torch.Tensor      # (B, z_dim), of length sqrt(z_dim)
+    x_hat: torch.Tensor  # (B, C, size, size) in [-1, 1]
+    z_hat: torch.Tensor  # (B, z_dim), of length sqrt(z_dim)
+    stages: list         # the first encoder's and the decoder's, each (B, channels, h, h)
+
+    def detach(self):
+        """The same values, through which no gradient flows."""
+        return Generated(self.z.detach(), self.x_hat.detach(), self.z_hat.detach(), [h.detach() for h in self.stages])
+
+
+class Generator(nn.Module):
+    """Encoder-decoder-encoder x -> z -> x_hat -> z_hat [paper], as in GANomaly (Akcay et al. 2018).
+
+    Codes lie on the sphere of radius sqrt(z_dim) [ours]: without it the latent loss falls when both codes merely
+    shrink, and a score measures how long the codes are as much as how they disagree."""
+
+    def __init__(self, size, channels, width, z_dim):
+        super().__init__()
+        self.encode = Encoder(size, channels, width, z_dim)
+        self.decode = Decoder(size, channels, width, z_dim)
+        self.encode_again = Encoder(size, channels, width, z_dim)
+        self.radius = z_dim ** 0.5
+
+    def forward(self, x):
+        z, stages_down = self.encode(x)
+        z = self.radius * F.normalize(z)
+        x_hat, stages_up = self.decode(z)
+        z_hat = self.radius * F.normalize(self.encode_again(x_hat)[0])
+        return Generated(z, x_hat, z_hat, stages_down + stages_up)
+
+
+class Discriminator(Encoder):
+    """An encoder to one number: x -> logit (B,), high for real, and features (B, w', 4, 4), its last stage."""
+
+    def forward(self, x):
+        logit, stages = super().forward(x)
+        return logit[:, 0], stages[-1].float()
+
+
+class GAN(nn.Module):
+    """A generator g and a discriminator d. Teacher and student differ in their width alone."""
+
+    def __init__(self, size, channels, width, z_dim):
+        super().__init__()
+        self.form = dict(size=size, channels=channels, width=width, z_dim=z_dim)  # GAN(**form) rebuilds it
+        self.g = Generator(size, channels, width, z_dim)
+        self.d = Discriminator(size, channels, width, z_dim=1)
+
+
+# -------------------------------------------------------------------------------------------------- losses
+# E[] is the mean over images and elements, so that a weight means the same at any size.
+
+def discriminator_loss(logit_real, logit_fake):
+    """Binary cross-entropy (Goodfellow et al. 2014) on a discriminator's logits (B,):
+        L_D = -1/2 E[log sigmoid(D(real))] - 1/2 E[log(1 - sigmoid(D(fake)))]
+    By hand: discriminator_loss([0.], [0.]) = -log(1/2) = 0.6931"""
+    return (F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()) / 2
+
+
+def adversarial_loss(f_x, f_x_hat):
+    """Feature matching (Salimans et al. 2016): D's features f find in x_hat what they find in x.
+        L_adv = E[(f(x) - f(x_hat))^2]
+    By hand: adversarial_loss([1., 2.], [1., 0.]) = (0 + 4) / 2 = 2"""
+    return F.mse_loss(f_x_hat, f_x)
+
+
+def contextual_loss(x, x_hat):
+    """The reconstruction is the image.
+        L_con = E[|x - x_hat|]
+    By hand: contextual_loss([1., -1.], [0., 1.]) = (1 + 2) / 2 = 1.5"""
+    return F.l1_loss(x_hat, x)
+
+
+def latent_loss(z, z_hat):
+    """The two codes of a normal image agree.
+        L_lat = E[(z - z_hat)^2]
+    By hand: latent_loss([1., 1.], [0., -1.]) = (1 + 4) / 2 = 2.5"""
+    return F.mse_loss(z_hat, z)
+
+
+def attention_map(stage):
+    """Where a stage (B, channels, h, w) responds, (B, h * w), comparable at any number of channels.
+        Q = A / ||A||_2,  A = mean over channels of stage^2        (Zagoruyko and Komodakis 2017)
+    By hand, of the two 1 x 2 channels [1, 2] and [1, 0]: A = [1, 2], Q = [1, 2] / sqrt(5)"""
+    return F.normalize(stage.float().square().mean(1).flatten(1))
+
+
+def intermediate_distillation_loss(stages_t, stages_s, x_hat_t, x_hat_s):
+    """The student's stages respond where the teacher's do, and its reconstruction is the teacher's.
+        L_inter = mean over stages of E over images of ||Q_t - Q_s||_2^2  +  E[|x_hat_t - x_hat_s|]
+    By hand, with one stage, Q_t = [1, 0], Q_s = [0, 1], x_hat_t = [1.], x_hat_s = [0.5]: 2 + 0.5 = 2.5"""
+    maps = [(attention_map(t) - attention_map(s)).square().sum(1).mean()
+            for t, s in zip(stages_t, stages_s, strict=True)]
+    return sum(maps) / len(maps) + F.l1_loss(x_hat_s, x_hat_t)
+
+
+def latent_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
+    """The student's codes are the teacher's.
+        L_latent = E[(z_t - z_s)^2] + E[(z_hat_t - z_hat_s)^2]
+    By hand: latent_distillation_loss([1.], [0.], [1.], [3.]) = 1 + 4 = 5"""
+    return F.mse_loss(z_s, z_t) + F.mse_loss(z_hat_s, z_hat_t)
+
+
+def adversarial_distillation_loss(f_t, f_s):
+    """The student's D, which tells x_hat_t (real) from x_hat_s (fake), finds in both the same features f.
+        L_adv_kd = E[(f(x_hat_t) - f(x_hat_s))^2]
+    By hand: adversarial_distillation_loss([1., 2.], [0., 2.]) = (1 + 0) / 2 = 0.5"""
+    return F.mse_loss(f_s, f_t)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+@lru_cache
+def native_bf16(device_type):
+    """Whether "cpu", "cuda" or "mps" multiplies in bfloat16 by itself, so that it pays."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device_type == "cpu" else {}
+    return any(cpu.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def amp(net, x):
+    """net(x) for training, with convolutions in bfloat16 where that is native. Codes, images, logits and
+    features, of which the losses are made, come back in float32."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=native_bf16(x.device.type)):
+        return net(x)
+
+
+def update(loss, optimizer):
+    """Descend the loss in the parameters that the optimizer holds, and touch no other net."""
+    optimizer.zero_grad()
+    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+    optimizer.step()
+
+
+def train_step(x, trained, distill, own, opt_d, opt_g, s):
+    """One update of the discriminators and one of the generators on the batch x (B, C, size, size).
+
+    trained: the GANs to update; `own`: with their own GAN losses; distill: (teacher, student), or () for no
+    distillation. A GAN alone is trained = [gan]. Step 1 is trained = [student], own = False: it learns wholly
+    from a frozen teacher [paper]. Step 2 is trained = [teacher, student] with all losses [paper]. Distillation
+    reaches the student only [ours]: a teacher that its gradient reached could make it small by becoming as poor
+    as the student. Returns what to log, {name: scalar}; of two GANs' own losses, the student's."""
+    out = {gan: amp(gan.g, x) for gan in dict.fromkeys([*distill, *trained])}
+    if distill:
+        teacher, student = distill
+        t, u = out[teacher].detach(), out[student]  # t: what the student learns from, u: what it makes of x
+
+    # ---- D: x is real, x_hat is fake; for distillation, to the student's, x_hat_t is real and x_hat_s is fake
+    loss_d, log = 0, {}
+    logit_fake = {gan: amp(gan.d, out[gan].x_hat.detach())[0] for gan in trained}
+    for gan in trained if own else ():
+        logit_x = amp(gan.d, x)[0]
+        loss_d = loss_d + discriminator_loss(logit_x, logit_fake[gan])
+        log |= {"D(x)": logit_x.sigmoid().mean(), "D(x_hat)": logit_fake[gan].sigmoid().mean()}
+    if distill:
+        logit_t = amp(student.d, t.x_hat)[0]
+        loss_d = loss_d + s.kd_adv * discriminator_loss(logit_t, logit_fake[student])
+        log |= {"D(x_hat_t)": logit_t.sigmoid().mean(), "D(x_hat_s)": logit_fake[student].sigmoid().mean()}
+    update(loss_d, opt_d)
+
+    # ---- G: L_G = w_adv L_adv + w_con L_con + w_lat L_lat
+    # ---- and for distillation L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
+    loss_g = 0
+    f_x_hat = {gan: amp(gan.d, out[gan].x_hat)[1] for gan in trained}
+    for gan in trained if own else ():
+        with torch.no_grad():
+            f_x = amp(gan.d, x)[1]
+        adv = adversarial_loss(f_x, f_x_hat[gan])
+        con, lat = contextual_loss(x, out[gan].x_hat), latent_loss(out[gan].z, out[gan].z_hat)
+        loss_g = loss_g + s.w_adv * adv + s.w_con * con + s.w_lat * lat
+        log |= {"adv": adv, "con": con, "lat": lat}
+    if distill:
+        with torch.no_grad():
+            f_t = amp(student.d, t.x_hat)[1]
+        inter = intermediate_distillation_loss(t.stages, u.stages, t.x_hat, u.x_hat)
+        latent = latent_distillation_loss(t.z, u.z, t.z_hat, u.z_hat)
+        adv_kd = adversarial_distillation_loss(f_t, f_x_hat[student])
+        loss_g = loss_g + s.kd_inter * inter + s.kd_latent * latent + s.kd_adv * adv_kd
+        log |= {"inter": inter, "latent": latent, "adv_kd": adv_kd}
+    update(loss_g, opt_g)
+    return {"D": loss_d} | log
+
+
+def fit(stage, rates, x, epochs, s, distill=(), own=True, first_epoch=0):
+    """Train the GANs in rates, {GAN: learning rate}, on the images x (N, C, size, size); no other GAN changes.
+    Returns images per second. For distill and own see train_step.
+
+    The order of the images and which are mirrored come from s.seed and the number of the epoch alone, so stages
+    that count from the same first_epoch see the same batches. Raises RunError if a loss is not finite."""
+    opt_d, opt_g = (torch.optim.Adam(
+        [{"params": getattr(gan, net).parameters(), "lr": lr} for gan, lr in rates.items()],
+        betas=(0.5, 0.999), fused=x.device.type != "mps") for net in ("d", "g"))  # DCGAN's betas
+    updates = epochs * math.ceil(len(x) / s.batch)
+    warmup = min(100, math.ceil(updates / 10))
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, lambda i: (  # a cosine to 0: the last epoch is a fair one
+        min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * i / updates)) / 2)) for opt in (opt_d, opt_g)]
+    for gan in rates:
+        gan.train()
+    start = time.perf_counter()
+    for epoch in range(1, epochs + 1):
+        rng = torch.Generator().manual_seed(10_000 * s.seed + first_epoch + epoch)
+        order = torch.randperm(len(x), generator=rng).to(x.device)
+        mirrored = (s.flip * torch.rand(len(x), 1, 1, 1, generator=rng) > 0.5).to(x.device)
+        sums = 0  # stays on the device: reading a number there at each step would stall it
+        for i, index in enumerate(order.split(s.batch), 1):
+            batch = torch.where(mirrored[index], x[index].flip(-1), x[index])
+            log = train_step(batch, list(rates), distill, own, opt_d, opt_g, s)
+            sums = sums + torch.stack([value.detach() for value in log.values()])
+            for scheduler in schedulers:
+                scheduler.step()
+            if sys.stdout.isatty():
+                print(f"\r{stage} {epoch}/{epochs}, {i * s.batch}/{len(x)} images ", end="", flush=True)
+        log = dict(zip(log, (sums / i).tolist()))
+        if not all(map(math.isfinite, log.values())):
+            raise RunError(f"{stage}, epoch {epoch}: NaN or Inf in {log}; lower the learning rates")
+        seconds = time.perf_counter() - start
+        print(f"\r{stage} {epoch}/{epochs}:", *(f"{name} {value:.3f}" for name, value in log.items()),
+              f"| {epoch * len(x) / seconds:.0f} images/s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
+    return epochs * len(x) / seconds
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+@torch.inference_mode()
+def score(g, x):
+    """Anomaly score ||z - z_hat||_2 [paper] of each image: x (N, C, size, size) in [-1, 1] -> (N,), float32, from
+    0 to 2 sqrt(z_dim), higher is more anomalous. It depends on that image alone."""
+    g.eval()
+    return torch.cat([(out.z - out.z_hat).norm(dim=1) for out in map(g, x.split(256))])
+
+
+def auroc(gan, x_test, y_test):
+    """AUROC of a GAN's scores in percent, anomaly = 1. Raises RunError if a score is not finite."""
+    scores = score(gan.g, x_test).cpu()
+    if not scores.isfinite().all():
+        raise RunError("NaN or Inf in the scores; lower the learning rates")
+    return 100 * float(roc_auc_score(y_test, scores))
+
+
+def cost(gan):
+    """(parameters, FLOPs for one image) of a GAN, its generator and discriminator, counted by torch."""
+    image = torch.zeros(1, gan.form["channels"], gan.form["size"], gan.form["size"])
+    with FlopCounterMode(display=False) as counter:
+        for net in copy.deepcopy(gan).cpu().children():
+            net(image)
+    return sum(p.numel() for p in gan.parameters()), counter.get_total_flops()
+
+
+# ----------------------------------------------------------------------------------------------------- run
+
+def write(path, data):
+    """Write bytes to a Path that is then there whole, or not at all. Raises OSError (disk full)."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def run(s):
+    """The whole method on the task that the settings name: train, evaluate, print, write; returns the result.
+    result.json, student.pt and teacher.pt, as step 2 left them, go to a folder of this task in s.out."""
+    began = time.perf_counter()
+    device = torch.device(s.device)
+    x, x_test, y_test, name = load_task(s, device)
+    task = f"{s.dataset}-{name}-seed{s.seed}{'-val' * s.val}".replace("/", "-")
+    folder = Path(s.out, task)
+    folder.mkdir(parents=True, exist_ok=True)  # now, rather than fail after the training
+    print(f"{task}: {len(x)} training and {len(x_test)} {'validation' if s.val else 'test'} images, "
+          f"{int(y_test.sum())} of these anomalies, on {device}", flush=True)
+    if s.batch > len(x):
+        print(f"--batch {s.batch} is more than the {len(x)} training images: one update an epoch, with all of them")
+
+    def new_gan(width):
+        torch.manual_seed(s.seed)
+        return GAN(s.size, x.shape[1], width, s.z_dim).to(device)
+
+    teacher, student = new_gan(s.teacher_width), new_gan(s.student_width)
+    alone, rival, rival_teacher = map(copy.deepcopy, (student, student, teacher))  # equal starts
+    auc, speed, epochs12 = {}, {}, s.epochs1 + s.epochs2
+
+    speed["teacher"] = fit("teacher", {teacher: s.lr_teacher}, x, s.epochs, s)
+    auc["teacher"] = auroc(teacher, x_test, y_test)
+
+    speed["student_alone"] = fit("student alone", {alone: s.lr_student}, x, epochs12, s)
+    auc["student_alone"] = auroc(alone, x_test, y_test)
+
+    teacher.eval().requires_grad_(False)  # frozen; buffers it has none, as no norm keeps statistics
+    speed["step1"] = fit("step 1", {student: s.lr_student}, x, s.epochs1, s, (teacher, student), own=False)
+    auc["step1"] = auroc(student, x_test, y_test)
+
+    teacher.requires_grad_(True)
+    rates = {teacher: s.lr2_teacher * s.lr_teacher, student: s.lr2_student * s.lr_student}
+    speed["step2"] = fit("step 2", rates, x, s.epochs2, s, (teacher, student), first_epoch=s.epochs1)
+    auc["step2"], auc["teacher_step2"] = auroc(student, x_test, y_test), auroc(teacher, x_test, y_test)
+
+    if s.ablation:  # the paper's single-step rival: jointly from random weights
+        rates = {rival_teacher: s.lr_teacher, rival: s.lr_student}
+        speed["joint_only"] = fit("joint only", rates, x, epochs12, s, (rival_teacher, rival))
+        auc["joint_only"] = auroc(rival, x_test, y_test)
+
+    (params_t, flops_t), (params_s, flops_s) = cost(teacher), cost(student)
+    print("\n| | AUROC % | parameters | FLOPs per image | ratio |\n|---|---|---|---|---|")
+    for key, value in auc.items():
+        params, flops = (params_t, flops_t) if key.startswith("teacher") else (params_s, flops_s)
+        print(f"| {key.replace('_', ' ')} | {value:.2f} | {params:,} | {flops:,} | {flops_t / flops:.2f} |")
+    result = {
+        "dataset": s.dataset, "normal": name, "seed": s.seed, "split": "validation" if s.val else "test",
+        "images": {"train": len(x), "test": len(x_test), "anomalies": int(y_test.sum())},
+        "auroc": auc, "params": {"teacher": params_t, "student": params_s},
+        "flops": {"teacher": flops_t, "student": flops_s}, "ratio": flops_t / flops_s,
+        "images_per_second": speed, "seconds": time.perf_counter() - began, "settings": vars(s),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
+        f"{device.type}, {torch.get_num_threads()} threads", "versions": {"python": sys.version.split()[0]}
+        | {module.__name__: module.__version__ for module in (torch, torchvision, sklearn)}}
+    for file, gan in ("teacher.pt", teacher), ("student.pt", student):
+        torch.save({"form": gan.form, "weights": gan.state_dict(), "settings": vars(s)}, buffer := io.BytesIO())
+        write(folder / file, buffer.getvalue())
+    write(folder / "result.json", json.dumps(result, indent=1).encode())  # last: where it is, all is there
+    print(f"\nin {folder}: result.json, student.pt, teacher.pt\nRESULT {json.dumps(result)}", flush=True)
+    return result
+
+
+def parse(argv=None):
+    """Settings (a namespace) from a command line, sys.argv by default. Raises UsageError."""
+    def usage_error(message):
+        raise UsageError(message)
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = usage_error  # one line, without the list of flags
+    parser.add_argument("--dataset", default="digits", choices=list(PER_DATASET))
+    parser.add_argument("--normal", default="0", help="the normal class, by index or name (0)")
+    parser.add_argument("--data", default="data", help="folder of the data sets, or the image folder (data)")
+    parser.add_argument("--out", default="runs", help="folder in which each run makes its own (runs)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches, never of the split (0)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (auto)")
+    parser.add_argument("--val", action="store_true", help="evaluate on held-out training images, to choose settings")
+    parser.add_argument("--ablation", action="store_true", help="also train the single-step rival")
+    for name, (default, what) in SETTINGS.items():
+        own = "".join(f", {dataset} {its[name]}" for dataset, its in PER_DATASET.items() if name in its)
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=argparse.SUPPRESS,
+                            help=f"{what} ({default}{own})")
+    args = vars(parser.parse_args(argv))
+    defaults = {name: default for name, (default, _) in SETTINGS.items()} | PER_DATASET[args["dataset"]]
+    s = argparse.Namespace(**defaults | args)
+    for name in SETTINGS:
+        value, least = getattr(s, name), int(isinstance(defaults[name], int) and name != "flip")
+        if not least <= value < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be finite and at least {least}")
+    if s.size < 16 or s.size & (s.size - 1):
+        raise UsageError(f"--size {s.size}: must be a power of two from 16, such as 32 or 64")
+    if s.device == "auto":
+        s.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=s.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {s.device} cannot be used here: {error}")
+    return s
+
+
+def main(argv=None):
+    """The command-line program; returns its exit code: 0, 1 failure, 2 usage, 130 Ctrl-C."""
+    try:
+        run(parse(argv))
+        return 0
+    except (UsageError, RunError) as error:
+        message, code = str(error), 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        message, code = f"cannot write: {error}; free some space or choose another --out", 1
+    except KeyboardInterrupt:
+        message, code = "interrupted; nothing half-written is left", 130
+    print("pkdgan.py:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
