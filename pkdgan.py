@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "scikit-learn"]
+# dependencies = ["torch>=2.6", "torchvision", "scikit-learn"]
 # ///
 """P-KDGAN: one-class novelty detection by a tiny GAN that learned from a wide one.
 
@@ -14,16 +14,15 @@ see images of one normal class only:
 
     x --encoder--> z --decoder--> x_hat --second encoder--> z_hat        and a discriminator D
 
-Normal images they learn to bring back, code and all; an anomaly's two codes disagree. ||z - z_hat||_2 is the
+They learn to bring back normal images and their codes. An anomaly's two codes disagree: ||z - z_hat||_2 is the
 anomaly score. Four stages, each evaluated after its last epoch:
 
     teacher         the wide GAN by itself
     student alone   the narrow GAN by itself, the baseline
     step 1          a fresh student learns from the frozen teacher, and from nothing else
-    step 2          both train on jointly: their own GAN losses and the distillation losses
+    step 2          both go on training, jointly, with their own GAN losses and the distillation losses
 
-[paper] marks what the paper says, [ours] what it leaves open, the rest is cited; README.md lists every
-difference. The file reads from top to bottom: settings, data, networks, losses, training, evaluation, run.
+Choices are marked [paper], [ours] where it leaves them open, or cited; README.md lists every difference.
 """
 import argparse
 import copy
@@ -50,11 +49,19 @@ from torchvision.transforms import functional as TF
 
 # ------------------------------------------------------------------------------------------------ settings
 
-SETTINGS = {  # name: (default, what it is); each is a command-line flag as well
+SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teacher-width for teacher_width
+    "dataset": ("digits", "digits, mnist, fmnist, cifar10 or folder"),
+    "normal": ("0", "the normal class, by index or name"),
+    "data": ("data", "where the data sets are or go to; for `folder`, the folder with train/ and test/"),
+    "out": ("runs", "where each run makes a folder for its results"),
+    "seed": (0, "of weights and batches, never of the split"),
+    "device": ("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest there is"),
+    "val": (False, "evaluate on held-out training images instead of the test split, to choose settings"),
+    "ablation": (False, "also train the single-step rival"),
     "size": (32, "images become size x size; a power of two from 16"),
     "teacher_width": (128, "channels of the teacher's first stage"),
     "student_width": (24, "channels of the student's first stage"),
-    "z_dim": (100, "length of the codes z and z_hat, teacher and student alike"),
+    "z_dim": (100, "numbers in a code z or z_hat, teacher and student alike"),
     "batch": (64, "images per update"),
     "epochs": (8, "epochs of the teacher"),
     "epochs1": (8, "epochs of step 1"),
@@ -69,12 +76,12 @@ SETTINGS = {  # name: (default, what it is); each is a command-line flag as well
     "kd_inter": (1.0, "weight of the intermediate distillation loss"),
     "kd_latent": (1.0, "weight of the latent distillation loss"),
     "kd_adv": (1.0, "weight of the adversarial distillation loss"),
-    "flip": (1, "1: mirror training images at random, 0: never"),
+    "flip": (True, "mirror training images left-right at random"),
 }
-PER_DATASET = {  # where a data set differs; the student's widths reach the paper's computation ratios
+PER_DATASET = {  # where a data set differs; widths reach the paper's FLOP ratios (24.45, MNIST 311.11, Fashion 700)
     "digits": dict(teacher_width=32, student_width=4, batch=16, epochs=20, epochs1=20, epochs2=10,
-                   lr_teacher=1e-3, w_con=50.0, flip=0),
-    "mnist": dict(student_width=6, w_con=50.0, flip=0),
+                   lr_teacher=1e-3, w_con=50.0, flip=False),
+    "mnist": dict(student_width=6, w_con=50.0, flip=False),
     "fmnist": dict(student_width=3),
     "cifar10": dict(),
     "folder": dict(),
@@ -82,7 +89,7 @@ PER_DATASET = {  # where a data set differs; the student's widths reach the pape
 
 
 class UsageError(ValueError):
-    """The command line asks for something that there is not: exit code 2."""
+    """The command line asks for what does not exist. Exit code 2."""
 
 
 class RunError(RuntimeError):
@@ -100,29 +107,25 @@ TORCHVISION = {  # name: (class, its files under --data)
 
 def load_torchvision(dataset, root):
     """torchvision's (training, test) split of mnist, fmnist or cifar10 under the Path `root`, downloaded if
-    absent. Raises RunError if the files are broken, or absent and not to be had."""
+    absent. Raises RunError if it is absent and cannot be downloaded, or is broken."""
     cls, files = TORCHVISION[dataset]
+    folder = files.split("/")[0]
     try:
+        if not (root / folder).exists():
+            print(f"downloading {dataset} to {root}", flush=True)
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root) as part:  # Ctrl-C leaves nothing half-written
+                cls(part, download=True)
+                Path(part, folder).replace(root / folder)
         return cls(root, train=True), cls(root, train=False)
-    except RuntimeError:  # torchvision's word for files that are not there, or not the published ones
-        print(f"{dataset} is not (whole) in {root}: downloading it", flush=True)
-    except Exception as error:  # its readers raise whatever the broken bytes lead to
-        raise RunError(f"{dataset} cannot be read ({error}): delete {root / files} and run again")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as part:  # so that Ctrl-C leaves nothing half-written
-            cls(part, download=True)
-            for file in filter(Path.is_file, Path(part).rglob("*")):
-                (target := root / file.relative_to(part)).parent.mkdir(parents=True, exist_ok=True)
-                file.replace(target)
-        return cls(root, train=True), cls(root, train=False)
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"{dataset} cannot be downloaded ({error}): put its files there, {root / files}")
+    except Exception as error:  # torchvision raises all sorts: no network, a missing file, broken bytes
+        raise RunError(f"{dataset} cannot be loaded ({error}): put {root / files} there, or delete "
+                       f"{root / folder} and run again with a network")
 
 
 def load_folder(root, size):
     """As load_images, of root/train/<class>/* and root/test/<class>/*, the layout of MVTec AD. Images have one
-    grey channel if all in train are grey. Raises RunError, with the path at fault."""
+    channel if those in train are all grey. Raises RunError with the path at fault."""
     try:
         train, test = (torchvision.datasets.ImageFolder(root / split) for split in ("train", "test"))
     except OSError as error:
@@ -134,13 +137,13 @@ def load_folder(root, size):
         for i, (path, _) in enumerate(split.samples):
             try:
                 x[i] = TF.pil_to_tensor(TF.resize(split.loader(path), [size, size]))
-            except Exception as error:  # decoders raise whatever the broken bytes lead to
+            except Exception as error:  # decoders raise all sorts on broken bytes
                 raise RunError(f"{path} cannot be read as an image ({error}): mend or remove it")
         return x, torch.tensor([classes.index(split.classes[k]) for k in split.targets])
 
     (x, c), (x_test, c_test) = read(train), read(test)
     if (x == x[:, :1]).all():
-        x, x_test = x[:, :1], TF.rgb_to_grayscale(x_test)
+        x, x_test = x[:, :1], x_test.float().mean(1, keepdim=True).round().byte()
     return x, c, x_test, c_test, classes
 
 
@@ -149,17 +152,18 @@ def load_images(dataset, root, size):
     for grey and 3 for colour; c, c_test: int64 (N,), indices into `classes`, a list of names. Raises RunError."""
     if dataset == "folder":
         return load_folder(Path(root), size)
-    if dataset == "digits":  # scikit-learn's 8 x 8 come without a split: a fixed one
-        digits, classes = load_digits(), None
-        parts = train_test_split((digits.images * (255 / 16)).round().astype("uint8"), digits.target,
-                                 test_size=1 / 3, stratify=digits.target, random_state=0)
+    if dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
+        digits = load_digits()
+        x, x_test, c, c_test = train_test_split((digits.images * (255 / 16)).round().astype("uint8"), digits.target,
+                                                test_size=1 / 3, stratify=digits.target, random_state=0)
     else:
         train, test = load_torchvision(dataset, Path(root))
-        parts, classes = (train.data, test.data, train.targets, test.targets), train.classes
-    x, x_test, c, c_test = map(torch.as_tensor, parts)
+        x, x_test, c, c_test = train.data, test.data, train.targets, test.targets
+    classes = train.classes if dataset in ("fmnist", "cifar10") else list("0123456789")
+    x, x_test, c, c_test = map(torch.as_tensor, (x, x_test, c, c_test))
     x, x_test = (t[:, None] if t.ndim == 3 else t.permute(0, 3, 1, 2) for t in (x, x_test))
     x, x_test = (TF.resize(t, [size, size]) for t in (x, x_test))
-    return x, c, x_test, c_test, list("0123456789") if dataset in ("digits", "mnist") else classes
+    return x, c, x_test, c_test, classes
 
 
 def one_class_split(x, c, x_test, c_test, normal, val=False):
@@ -168,26 +172,24 @@ def one_class_split(x, c, x_test, c_test, normal, val=False):
     x_train is the normal class of the training split, x_test the whole test split [paper]. With `val` a tenth of
     the training split, always the same, is held out and evaluated instead: settings are chosen there."""
     if val:
-        held = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) < len(x) // 10
+        held = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) < len(x) // 10  # a tenth are True
         x, c, x_test, c_test = x[~held], c[~held], x[held], c[held]
     return x[c == normal], x_test, (c_test != normal).long()
 
 
 def load_task(s, device):
-    """The task that the settings name: (x_train, x_test, y_test, name of the normal class), with images float32
-    in [-1, 1] on the device. Raises UsageError for an unknown class, RunError for data that will not do."""
-    *images, classes = load_images(s.dataset, s.data, s.size)
-    index = classes.index(s.normal) if s.normal in classes else int(s.normal) if s.normal.isdecimal() else -1
-    if not 0 <= index < len(classes):
-        raise UsageError(f"--normal {s.normal}: {s.dataset} has the classes "
-                         + ", ".join(f"{i} ({name})" for i, name in enumerate(classes)))
-    x, x_test, y_test = one_class_split(*images, index, s.val)
-    if len(x) == 0:
-        raise UsageError(f"--normal {s.normal}: there is no training image of this class")
-    if y_test.unique().numel() < 2:
-        raise RunError(f"no AUROC: the {'validation' if s.val else 'test'} split has no "
-                       + ("anomalies" if 0 in y_test else "normal images"))
-    return *((t.float() / 127.5 - 1).to(device) for t in (x, x_test)), y_test, classes[index]
+    """The task that the settings name: (x_train, x_test, y_test, name of the normal class), images as float32 in
+    [-1, 1] on the device. Raises UsageError for an unknown class, RunError for data that cannot be used."""
+    x, c, x_test, c_test, classes = load_images(s.dataset, s.data, s.size)
+    normal = classes.index(s.normal) if s.normal in classes else int(s.normal) if s.normal.isdecimal() else -1
+    if not (c == normal).any():
+        known = ", ".join(f"{i} ({classes[i]})" for i in c.unique())
+        raise UsageError(f"--normal {s.normal}: no such class in the training split; there are {known}")
+    x, x_test, y_test = one_class_split(x, c, x_test, c_test, normal, s.val)
+    if len(x) == 0 or y_test.unique().numel() < 2:
+        split = "validation split (a tenth of the training split)" if s.val else "test split"
+        raise RunError(f"no AUROC: the {split} needs normal images and anomalies, both")
+    return *((t.float() / 127.5 - 1).to(device) for t in (x, x_test)), y_test, classes[normal]
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -199,11 +201,9 @@ def stage_widths(size, width):
 
 
 def per_image_norm(channels):
-    """Instance normalisation (Ulyanov et al. 2016): each channel of each image by itself [ours].
-
-    Batch normalisation is just this at batch size 1, where the authors had their best results (arXiv 2109.07295).
-    It keeps no statistics, and an image's score cannot depend on its batch. Written as a group norm of one
-    channel a group: the same numbers, faster on CPUs."""
+    """Instance normalisation (Ulyanov et al. 2016) [ours]. It is what batch normalisation computes in training at
+    batch size 1, where the authors had their best results (arXiv 2109.07295); it keeps no statistics, and an
+    image's score cannot depend on its batch. As a group norm of one channel a group: same numbers, faster on CPUs."""
     return nn.GroupNorm(channels, channels)
 
 
@@ -214,7 +214,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = stage_widths(size, width)
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1, bias=i == 0),  # a norm undoes a bias
+            nn.Sequential(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1, bias=i == 0),  # a norm cancels a bias
                           per_image_norm(c_out) if i else nn.Identity(),  # DCGAN: none next to the image
                           nn.LeakyReLU(0.2, inplace=True))
             for i, (c_in, c_out) in enumerate(zip([channels] + widths, widths)))
@@ -245,9 +245,9 @@ class Decoder(nn.Module):
 
 class Generated(NamedTuple):
     """What a generator makes of a batch: all that the losses, the distillation and the score need."""
-    z: torch.Tensor      # (B, z_dim), of length sqrt(z_dim)
+    z: torch.Tensor      # (B, z_dim), of norm sqrt(z_dim)
     x_hat: torch.Tensor  # (B, C, size, size) in [-1, 1]
-    z_hat: torch.Tensor  # (B, z_dim), of length sqrt(z_dim)
+    z_hat: torch.Tensor  # (B, z_dim), of norm sqrt(z_dim)
     stages: list         # the first encoder's and the decoder's, each (B, channels, h, h)
 
     def detach(self):
@@ -259,7 +259,7 @@ class Generator(nn.Module):
     """Encoder-decoder-encoder x -> z -> x_hat -> z_hat [paper], as in GANomaly (Akcay et al. 2018).
 
     Codes lie on the sphere of radius sqrt(z_dim) [ours]: without it the latent loss falls when both codes merely
-    shrink, and a score measures how long the codes are as much as how they disagree."""
+    shrink, and a score depends on the norms of the codes as much as on their disagreement."""
 
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
@@ -380,90 +380,89 @@ def update(loss, optimizer):
     optimizer.step()
 
 
-def train_step(x, trained, distill, own, opt_d, opt_g, s):
-    """One update of the discriminators and one of the generators on the batch x (B, C, size, size).
+def train_step(x, trained, pair, own, opt_d, opt_g, s):
+    """One update of the discriminators, then one of the generators, on the batch x (B, C, size, size).
 
-    trained: the GANs to update; `own`: with their own GAN losses; distill: (teacher, student), or () for no
-    distillation. A GAN alone is trained = [gan]. Step 1 is trained = [student], own = False: it learns wholly
-    from a frozen teacher [paper]. Step 2 is trained = [teacher, student] with all losses [paper]. Distillation
-    reaches the student only [ours]: a teacher that its gradient reached could make it small by becoming as poor
-    as the student. Returns what to log, {name: scalar}; of two GANs' own losses, the student's."""
-    out = {gan: amp(gan.g, x) for gan in dict.fromkeys([*distill, *trained])}
-    if distill:
-        teacher, student = distill
-        t, u = out[teacher].detach(), out[student]  # t: what the student learns from, u: what it makes of x
+    trained: the GANs to update; own: whether they have GAN losses of their own; pair: (teacher, student) for
+    distillation, or (). Distillation moves the student only [ours]: a teacher that its gradient reached could
+    lower the loss by becoming as poor as the student. Returns what to log, {name: scalar}; of two GANs' own
+    losses those of the last in `trained`, the student."""
+    out = {gan: amp(gan.g, x) for gan in dict.fromkeys([*pair, *trained])}
+    with_own = trained if own else []
+    if pair:
+        teacher, student = pair
+        out_t, out_s = out[teacher].detach(), out[student]
 
-    # ---- D: x is real, x_hat is fake; for distillation, to the student's, x_hat_t is real and x_hat_s is fake
+    # ---- D: x is real, x_hat is fake; for distillation, to the student's D, x_hat_t is real and x_hat_s is fake
     loss_d, log = 0, {}
-    logit_fake = {gan: amp(gan.d, out[gan].x_hat.detach())[0] for gan in trained}
-    for gan in trained if own else ():
-        logit_x = amp(gan.d, x)[0]
-        loss_d = loss_d + discriminator_loss(logit_x, logit_fake[gan])
-        log |= {"D(x)": logit_x.sigmoid().mean(), "D(x_hat)": logit_fake[gan].sigmoid().mean()}
-    if distill:
-        logit_t = amp(student.d, t.x_hat)[0]
-        loss_d = loss_d + s.kd_adv * discriminator_loss(logit_t, logit_fake[student])
-        log |= {"D(x_hat_t)": logit_t.sigmoid().mean(), "D(x_hat_s)": logit_fake[student].sigmoid().mean()}
+    fake = {gan: amp(gan.d, out[gan].x_hat.detach())[0] for gan in trained}
+    for gan in with_own:
+        real = amp(gan.d, x)[0]
+        loss_d = loss_d + discriminator_loss(real, fake[gan])
+        log |= {"D(x)": real.sigmoid().mean(), "D(x_hat)": fake[gan].sigmoid().mean()}
+    if pair:
+        real = amp(student.d, out_t.x_hat)[0]
+        loss_d = loss_d + s.kd_adv * discriminator_loss(real, fake[student])
+        log |= {"D(x_hat_t)": real.sigmoid().mean(), "D(x_hat_s)": fake[student].sigmoid().mean()}
     update(loss_d, opt_d)
 
     # ---- G: L_G = w_adv L_adv + w_con L_con + w_lat L_lat
     # ---- and for distillation L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
     loss_g = 0
     f_x_hat = {gan: amp(gan.d, out[gan].x_hat)[1] for gan in trained}
-    for gan in trained if own else ():
-        with torch.no_grad():
-            f_x = amp(gan.d, x)[1]
-        adv = adversarial_loss(f_x, f_x_hat[gan])
+    for gan in with_own:
+        adv = adversarial_loss(amp(gan.d, x)[1].detach(), f_x_hat[gan])
         con, lat = contextual_loss(x, out[gan].x_hat), latent_loss(out[gan].z, out[gan].z_hat)
         loss_g = loss_g + s.w_adv * adv + s.w_con * con + s.w_lat * lat
         log |= {"adv": adv, "con": con, "lat": lat}
-    if distill:
-        with torch.no_grad():
-            f_t = amp(student.d, t.x_hat)[1]
-        inter = intermediate_distillation_loss(t.stages, u.stages, t.x_hat, u.x_hat)
-        latent = latent_distillation_loss(t.z, u.z, t.z_hat, u.z_hat)
-        adv_kd = adversarial_distillation_loss(f_t, f_x_hat[student])
+    if pair:
+        inter = intermediate_distillation_loss(out_t.stages, out_s.stages, out_t.x_hat, out_s.x_hat)
+        latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
+        adv_kd = adversarial_distillation_loss(amp(student.d, out_t.x_hat)[1].detach(), f_x_hat[student])
         loss_g = loss_g + s.kd_inter * inter + s.kd_latent * latent + s.kd_adv * adv_kd
         log |= {"inter": inter, "latent": latent, "adv_kd": adv_kd}
     update(loss_g, opt_g)
-    return {"D": loss_d} | log
+    return {"loss_D": loss_d, "loss_G": loss_g} | log
 
 
-def fit(stage, rates, x, epochs, s, distill=(), own=True, first_epoch=0):
-    """Train the GANs in rates, {GAN: learning rate}, on the images x (N, C, size, size); no other GAN changes.
-    Returns images per second. For distill and own see train_step.
+def fit(stage, rates, x, epochs, s, pair=(), own=True, first_epoch=0):
+    """Train the GANs in rates, {GAN: learning rate}, and no others, on the images x (N, C, size, size). For pair
+    and own see train_step. Returns images per second; raises RunError if a loss is not finite.
 
-    The order of the images and which are mirrored come from s.seed and the number of the epoch alone, so stages
-    that count from the same first_epoch see the same batches. Raises RunError if a loss is not finite."""
+    The order of the images and which are mirrored come from s.seed and the number of the epoch alone: stages
+    that count from the same first_epoch see the same batches."""
     opt_d, opt_g = (torch.optim.Adam(
         [{"params": getattr(gan, net).parameters(), "lr": lr} for gan, lr in rates.items()],
         betas=(0.5, 0.999), fused=x.device.type != "mps") for net in ("d", "g"))  # DCGAN's betas
     updates = epochs * math.ceil(len(x) / s.batch)
     warmup = min(100, math.ceil(updates / 10))
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, lambda i: (  # a cosine to 0: the last epoch is a fair one
-        min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * i / updates)) / 2)) for opt in (opt_d, opt_g)]
+
+    def factor(i):  # a warm-up, then a cosine to 0, which settles the nets: the last epoch is fair to report
+        return min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * i / updates)) / 2
+
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, factor) for opt in (opt_d, opt_g)]
     for gan in rates:
         gan.train()
-    start = time.perf_counter()
+    live, start = sys.stdout.isatty(), time.perf_counter()
     for epoch in range(1, epochs + 1):
         rng = torch.Generator().manual_seed(10_000 * s.seed + first_epoch + epoch)
-        order = torch.randperm(len(x), generator=rng).to(x.device)
-        mirrored = (s.flip * torch.rand(len(x), 1, 1, 1, generator=rng) > 0.5).to(x.device)
+        batches = torch.randperm(len(x), generator=rng).to(x.device).split(s.batch)
+        mirrored = (s.flip & (torch.rand(len(x), 1, 1, 1, generator=rng) < 0.5)).to(x.device)
         sums = 0  # stays on the device: reading a number there at each step would stall it
-        for i, index in enumerate(order.split(s.batch), 1):
+        for i, index in enumerate(batches):
             batch = torch.where(mirrored[index], x[index].flip(-1), x[index])
-            log = train_step(batch, list(rates), distill, own, opt_d, opt_g, s)
+            log = train_step(batch, list(rates), pair, own, opt_d, opt_g, s)
             sums = sums + torch.stack([value.detach() for value in log.values()])
             for scheduler in schedulers:
                 scheduler.step()
-            if sys.stdout.isatty():
+            if live:
                 print(f"\r{stage} {epoch}/{epochs}, {i * s.batch}/{len(x)} images ", end="", flush=True)
-        log = dict(zip(log, (sums / i).tolist()))
+        log = dict(zip(log, (sums / len(batches)).tolist()))
         if not all(map(math.isfinite, log.values())):
             raise RunError(f"{stage}, epoch {epoch}: NaN or Inf in {log}; lower the learning rates")
         seconds = time.perf_counter() - start
-        print(f"\r{stage} {epoch}/{epochs}:", *(f"{name} {value:.3f}" for name, value in log.items()),
-              f"| {epoch * len(x) / seconds:.0f} images/s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
+        pace = f"{epoch * len(x) / seconds:.0f} images/s, {seconds / epoch * (epochs - epoch):.0f} s left"
+        print("\r" * live + f"{stage} {epoch}/{epochs}:", *(f"{k} {v:.3f}" for k, v in log.items()), "|", pace, flush=True)
     return epochs * len(x) / seconds
 
 
@@ -486,33 +485,23 @@ def auroc(gan, x_test, y_test):
 
 
 def cost(gan):
-    """(parameters, FLOPs for one image) of a GAN, its generator and discriminator, counted by torch."""
-    image = torch.zeros(1, gan.form["channels"], gan.form["size"], gan.form["size"])
+    """(parameters, FLOPs for one image) of a GAN, generator and discriminator together, counted by torch."""
+    fresh, size = GAN(**gan.form), gan.form["size"]
     with FlopCounterMode(display=False) as counter:
-        for net in copy.deepcopy(gan).cpu().children():
-            net(image)
-    return sum(p.numel() for p in gan.parameters()), counter.get_total_flops()
+        for net in (fresh.g, fresh.d):
+            net(torch.zeros(1, gan.form["channels"], size, size))
+    return sum(p.numel() for p in fresh.parameters()), counter.get_total_flops()
 
 
 # ----------------------------------------------------------------------------------------------------- run
 
-def write(path, data):
-    """Write bytes to a Path that is then there whole, or not at all. Raises OSError (disk full)."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def run(s):
     """The whole method on the task that the settings name: train, evaluate, print, write; returns the result.
     result.json, student.pt and teacher.pt, as step 2 left them, go to a folder of this task in s.out."""
-    began = time.perf_counter()
-    device = torch.device(s.device)
+    began, device = time.perf_counter(), torch.device(s.device)
     x, x_test, y_test, name = load_task(s, device)
-    task = f"{s.dataset}-{name}-seed{s.seed}{'-val' * s.val}".replace("/", "-")
+    dataset = Path(s.data).resolve().name if s.dataset == "folder" else s.dataset
+    task = f"{dataset}-{name}-seed{s.seed}{'-val' * s.val}".replace("/", "-")
     folder = Path(s.out, task)
     folder.mkdir(parents=True, exist_ok=True)  # now, rather than fail after the training
     print(f"{task}: {len(x)} training and {len(x_test)} {'validation' if s.val else 'test'} images, "
@@ -524,29 +513,27 @@ def run(s):
         torch.manual_seed(s.seed)
         return GAN(s.size, x.shape[1], width, s.z_dim).to(device)
 
-    teacher, student = new_gan(s.teacher_width), new_gan(s.student_width)
-    alone, rival, rival_teacher = map(copy.deepcopy, (student, student, teacher))  # equal starts
     auc, speed, epochs12 = {}, {}, s.epochs1 + s.epochs2
 
-    speed["teacher"] = fit("teacher", {teacher: s.lr_teacher}, x, s.epochs, s)
-    auc["teacher"] = auroc(teacher, x_test, y_test)
+    def stage(key, rates, epochs, pair=(), **how):  # the last GAN in rates is the one that is evaluated
+        speed[key] = fit(key.replace("_", " "), rates, x, epochs, s, pair, **how)
+        auc[key] = auroc(list(rates)[-1], x_test, y_test)
 
-    speed["student_alone"] = fit("student alone", {alone: s.lr_student}, x, epochs12, s)
-    auc["student_alone"] = auroc(alone, x_test, y_test)
+    teacher, student = new_gan(s.teacher_width), new_gan(s.student_width)
+    alone, rival, rival_teacher = map(copy.deepcopy, (student, student, teacher))  # equal starts
+    stage("teacher", {teacher: s.lr_teacher}, s.epochs)
+    stage("student_alone", {alone: s.lr_student}, epochs12)
 
     teacher.eval().requires_grad_(False)  # frozen; buffers it has none, as no norm keeps statistics
-    speed["step1"] = fit("step 1", {student: s.lr_student}, x, s.epochs1, s, (teacher, student), own=False)
-    auc["step1"] = auroc(student, x_test, y_test)
+    stage("step1", {student: s.lr_student}, s.epochs1, (teacher, student), own=False)
 
     teacher.requires_grad_(True)
     rates = {teacher: s.lr2_teacher * s.lr_teacher, student: s.lr2_student * s.lr_student}
-    speed["step2"] = fit("step 2", rates, x, s.epochs2, s, (teacher, student), first_epoch=s.epochs1)
-    auc["step2"], auc["teacher_step2"] = auroc(student, x_test, y_test), auroc(teacher, x_test, y_test)
+    stage("step2", rates, s.epochs2, (teacher, student), first_epoch=s.epochs1)
+    auc["teacher_step2"] = auroc(teacher, x_test, y_test)
 
-    if s.ablation:  # the paper's single-step rival: jointly from random weights
-        rates = {rival_teacher: s.lr_teacher, rival: s.lr_student}
-        speed["joint_only"] = fit("joint only", rates, x, epochs12, s, (rival_teacher, rival))
-        auc["joint_only"] = auroc(rival, x_test, y_test)
+    if s.ablation:  # the paper's single-step rival: jointly from random weights, as many updates as both steps
+        stage("joint_only", {rival_teacher: s.lr_teacher, rival: s.lr_student}, epochs12, (rival_teacher, rival))
 
     (params_t, flops_t), (params_s, flops_s) = cost(teacher), cost(student)
     print("\n| | AUROC % | parameters | FLOPs per image | ratio |\n|---|---|---|---|---|")
@@ -562,10 +549,15 @@ def run(s):
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
         f"{device.type}, {torch.get_num_threads()} threads", "versions": {"python": sys.version.split()[0]}
         | {module.__name__: module.__version__ for module in (torch, torchvision, sklearn)}}
-    for file, gan in ("teacher.pt", teacher), ("student.pt", student):
-        torch.save({"form": gan.form, "weights": gan.state_dict(), "settings": vars(s)}, buffer := io.BytesIO())
-        write(folder / file, buffer.getvalue())
-    write(folder / "result.json", json.dumps(result, indent=1).encode())  # last: where it is, all is there
+    with tempfile.TemporaryDirectory(dir=s.out) as part:  # files appear whole or not at all
+        for file, gan in ("teacher.pt", teacher), ("student.pt", student):
+            saved = {"form": gan.form, "weights": gan.cpu().state_dict(), "settings": vars(s)}
+            torch.save(saved, buffer := io.BytesIO())  # to memory: on a full disk torch.save raises no OSError
+            Path(part, file).write_bytes(buffer.getvalue())
+        Path(part, "result.json").write_text(json.dumps(result, indent=1))
+        (folder / "result.json").unlink(missing_ok=True)  # of an earlier run: it must not describe the new nets
+        for file in ("teacher.pt", "student.pt", "result.json"):
+            Path(part, file).replace(folder / file)
     print(f"\nin {folder}: result.json, student.pt, teacher.pt\nRESULT {json.dumps(result)}", flush=True)
     return result
 
@@ -577,25 +569,19 @@ def parse(argv=None):
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = usage_error  # one line, without the list of flags
-    parser.add_argument("--dataset", default="digits", choices=list(PER_DATASET))
-    parser.add_argument("--normal", default="0", help="the normal class, by index or name (0)")
-    parser.add_argument("--data", default="data", help="folder of the data sets, or the image folder (data)")
-    parser.add_argument("--out", default="runs", help="folder in which each run makes its own (runs)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches, never of the split (0)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (auto)")
-    parser.add_argument("--val", action="store_true", help="evaluate on held-out training images, to choose settings")
-    parser.add_argument("--ablation", action="store_true", help="also train the single-step rival")
     for name, (default, what) in SETTINGS.items():
-        own = "".join(f", {dataset} {its[name]}" for dataset, its in PER_DATASET.items() if name in its)
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=argparse.SUPPRESS,
-                            help=f"{what} ({default}{own})")
-    args = vars(parser.parse_args(argv))
-    defaults = {name: default for name, (default, _) in SETTINGS.items()} | PER_DATASET[args["dataset"]]
-    s = argparse.Namespace(**defaults | args)
-    for name in SETTINGS:
-        value, least = getattr(s, name), int(isinstance(defaults[name], int) and name != "flip")
-        if not least <= value < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be finite and at least {least}")
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+        if name == "dataset":
+            kind["choices"] = list(PER_DATASET)
+        own = "".join(f", {dataset} {own[name]}" for dataset, own in PER_DATASET.items() if name in own)
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{what} ({default}{own})",
+                            **kind)
+    given, defaults = vars(parser.parse_args(argv)), {name: default for name, (default, _) in SETTINGS.items()}
+    s = argparse.Namespace(**defaults | PER_DATASET[given.get("dataset", defaults["dataset"])] | given)
+    for name, value in vars(s).items():
+        least = 1 if type(value) is int and name != "seed" else 0
+        if type(value) in (int, float) and not least <= value < 2 ** 31:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least} and less than 2^31")
     if s.size < 16 or s.size & (s.size - 1):
         raise UsageError(f"--size {s.size}: must be a power of two from 16, such as 32 or 64")
     if s.device == "auto":
@@ -616,6 +602,8 @@ def main(argv=None):
         message, code = str(error), 2 if isinstance(error, UsageError) else 1
     except OSError as error:
         message, code = f"cannot write: {error}; free some space or choose another --out", 1
+    except torch.OutOfMemoryError:
+        message, code = "out of memory on the device; lower --batch, --size or the widths", 1
     except KeyboardInterrupt:
         message, code = "interrupted; nothing half-written is left", 130
     print("pkdgan.py:", " ".join(message.split()), file=sys.stderr)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Every data set and normal class, one run after the other; stops at the first run that fails.
+#   bash run_all.sh [any flag of pkdgan.py]
+#   DATASETS="mnist" NORMALS="0 1 2" bash run_all.sh --ablation
+set -euo pipefail
+cd "$(dirname "$0")"
+for dataset in ${DATASETS:-mnist fmnist cifar10}; do
+  for normal in ${NORMALS:-0 1 2 3 4 5 6 7 8 9}; do
+    python pkdgan.py --dataset "$dataset" --normal "$normal" "$@"
+  done
+done
