@@ -193,18 +193,14 @@ def load_task(s, device):
 
 
 # ------------------------------------------------------------------------------------------------ networks
+# nn.GroupNorm(c, c) normalises each channel of each image by itself: instance normalisation (Ulyanov et al. 2016)
+# [ours]. Batch normalisation computes the same in training at batch size 1, where the authors had their best results
+# (arXiv 2109.07295). There are no running statistics, and an image's score cannot depend on its batch.
 
 def stage_widths(size, width):
     """Channels of the stages that halve size x size down to 4 x 4, doubling from `width` up to 8 times it as in
     DCGAN (Radford et al. 2016): stage_widths(32, 128) = [128, 256, 512]."""
     return [width * 2 ** min(i, 3) for i in range(int(math.log2(size)) - 2)]
-
-
-def per_image_norm(channels):
-    """Instance normalisation (Ulyanov et al. 2016) [ours]. It is what batch normalisation computes in training at
-    batch size 1, where the authors had their best results (arXiv 2109.07295); it keeps no statistics, and an
-    image's score cannot depend on its batch. As a group norm of one channel a group: same numbers, faster on CPUs."""
-    return nn.GroupNorm(channels, channels)
 
 
 class Encoder(nn.Module):
@@ -215,7 +211,7 @@ class Encoder(nn.Module):
         widths = stage_widths(size, width)
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1, bias=i == 0),  # a norm cancels a bias
-                          per_image_norm(c_out) if i else nn.Identity(),  # DCGAN: none next to the image
+                          nn.GroupNorm(c_out, c_out) if i else nn.Identity(),  # DCGAN: none next to the image
                           nn.LeakyReLU(0.2, inplace=True))
             for i, (c_in, c_out) in enumerate(zip([channels] + widths, widths)))
         self.head = nn.Conv2d(widths[-1], z_dim, 4)
@@ -233,7 +229,7 @@ class Decoder(nn.Module):
         widths = stage_widths(size, width)[::-1]
         self.stages = nn.ModuleList(
             nn.Sequential(nn.ConvTranspose2d(c_in, c_out, 4, stride=2 if i else 1, padding=1 if i else 0, bias=False),
-                          per_image_norm(c_out), nn.ReLU(inplace=True))
+                          nn.GroupNorm(c_out, c_out), nn.ReLU(inplace=True))
             for i, (c_in, c_out) in enumerate(zip([z_dim] + widths, widths)))
         self.head = nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1)
 

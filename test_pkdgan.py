@@ -99,9 +99,12 @@ def test_shapes(size, channels):
 
 
 def test_norm_is_that_of_a_batch_of_one():
-    x = torch.randn(3, 5, 4, 4)
-    batch_of_one = torch.cat([F.batch_norm(image[None], None, None, training=True) for image in x])
-    assert torch.allclose(pk.per_image_norm(5)(x), batch_of_one, atol=1e-5)
+    norms = [m for m in gan().modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert len(norms) == 5 and not list(gan().buffers())  # 16 x 16: two stages a net, the first of encoders and D without
+    for norm in norms:
+        x = torch.randn(3, norm.num_channels, 4, 4)
+        batch_of_one = torch.cat([F.batch_norm(image[None], None, None, training=True) for image in x])
+        assert torch.allclose(norm(x), batch_of_one, atol=1e-5)
 
 
 def test_training_passes_return_float32():
@@ -137,16 +140,21 @@ def test_each_update_touches_its_own_nets_alone(case, monkeypatch):
     trained = {"alone": [student], "step 1": [student], "joint": [teacher, student]}[case]
     distill = () if case == "alone" else (teacher, student)
     nets = {"t.g": teacher.g, "t.d": teacher.d, "s.g": student.g, "s.d": student.d}
-    changed = []
+    changed, states = [], []
+
+    def state(net):  # weights and gradients: a loss must not leave gradients in a net that it does not train either
+        return weights(net) | {f"grad {name}": p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
     def spy(loss, optimizer, update=pk.update):
-        before = {name: weights(net) for name, net in nets.items()}
+        before = {name: state(net) for name, net in nets.items()}
         update(loss, optimizer)
-        changed.append({name for name, net in nets.items() if not same(before[name], weights(net))})
+        states.append({name: state(net) for name, net in nets.items()})
+        changed.append({name for name in nets if not same(before[name], states[-1][name])})
 
     monkeypatch.setattr(pk, "update", spy)
     pk.train_step(torch.rand(4, 1, 16, 16), trained, distill, case != "step 1", *adams(*trained), SETTINGS)
     assert changed == ([{"t.d", "s.d"}, {"t.g", "s.g"}] if case == "joint" else [{"s.d"}, {"s.g"}])
+    assert all(same(states[-1][name], state(net)) for name, net in nets.items())  # and nothing changes besides
 
 
 def test_step_1_learns_from_the_teacher_alone():
@@ -415,6 +423,7 @@ def test_image_folder_as_of_mvtec(mode, channels, tmp_path):
         pk.parse(["--dataset", "folder", "--normal", "good", "--data", str(root), "--size", "16"]), "cpu")
     assert name == "good" and x.shape == (3, channels, 16, 16) and y_test.tolist() == [0, 0, 0, 1, 1, 1]
     assert x[:, 0, 3, 3].tolist() == pytest.approx([i * 40 / 127.5 - 1 for i in range(3)])
+    assert torch.equal(x_test[:3], x)  # the same pictures: training and test images are read alike
 
 
 def test_folder_classes_are_matched_by_name(tmp_path):
