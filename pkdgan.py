@@ -69,7 +69,7 @@ SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teac
     "lr_teacher": (5e-4, "learning rate of the teacher"),
     "lr_student": (2e-3, "learning rate of the student"),
     "lr2_teacher": (0.2, "step 2: the teacher's learning rate, as a share of lr_teacher"),
-    "lr2_student": (0.2, "step 2: the student's learning rate, as a share of lr_student; 0.5 forgot step 1"),
+    "lr2_student": (0.2, "step 2: the student's learning rate, as a share of lr_student; 0.5 undid step 1"),
     "w_adv": (1.0, "weight of a GAN's adversarial loss"),
     "w_con": (1.0, "weight of a GAN's contextual loss; digits want more of it"),
     "w_lat": (1.0, "weight of a GAN's latent loss"),
@@ -79,7 +79,7 @@ SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teac
     "flip": (True, "mirror training images left-right at random"),
 }
 PER_DATASET = {  # where a data set differs; widths reach the paper's FLOP ratios (24.45, MNIST 311.11, Fashion 700)
-    "digits": dict(teacher_width=32, student_width=4, batch=16, epochs=20, epochs1=20, epochs2=10,
+    "digits": dict(normal="8", teacher_width=32, student_width=4, batch=16, epochs=20, epochs1=20, epochs2=10,
                    lr_teacher=1e-3, w_con=10.0, flip=False),
     "mnist": dict(student_width=6, w_con=10.0, flip=False),
     "fmnist": dict(student_width=3),
@@ -383,7 +383,7 @@ def train_step(x, trained, pair, own, opt_d, opt_g, s):
     distillation, or (). Distillation moves the student only [ours]: a teacher that its gradient reached could
     lower the loss by becoming as poor as the student. Returns what to log, {name: scalar}; of two GANs' own
     losses those of the last in `trained`, the student."""
-    out = {gan: amp(gan.g, x) for gan in dict.fromkeys([*pair, *trained])}
+    out = {gan: amp(gan.g, x) for gan in dict.fromkeys([*pair, *trained])}  # each once, a frozen teacher too
     with_own = trained if own else []
     if pair:
         teacher, student = pair
