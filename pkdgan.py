@@ -9,12 +9,12 @@
     python pkdgan.py --dataset folder --data parts --normal good    # your own images
 
 Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for One-class Novelty Detection",
-IJCAI 2020 (arXiv 2007.06963). A wide teacher (suffix _t) and a narrow student (_s), two GANs of one form,
-see images of one normal class only:
+IJCAI 2020 (arXiv 2007.06963). A wide teacher (suffix _t) and a narrow student (_s), two GANs of the same
+architecture, see images of one normal class only:
 
     x --encoder--> z --decoder--> x_hat --second encoder--> z_hat        and a discriminator D
 
-They learn to bring back normal images and their codes. An anomaly's two codes disagree: ||z - z_hat||_2 is the
+They learn to reconstruct normal images and their codes. An anomaly's two codes disagree: ||z - z_hat||_2 is the
 anomaly score. Four stages, each evaluated after its last epoch:
 
     teacher         the wide GAN by itself
@@ -22,6 +22,8 @@ anomaly score. Four stages, each evaluated after its last epoch:
     step 1          a fresh student learns from the frozen teacher, and from nothing else
     step 2          both go on training, jointly, with their own GAN losses and the distillation losses
 
+Measured, AUROC in % of step 2 (student alone), one seed, teacher width 32, two CPU cores, torch 2.15: MNIST class 1
+99.90 (99.88), Fashion-MNIST class 0 92.63 (90.89), MNIST class 8 94.93 (95.91): README.md has the commands and more.
 Choices are marked [paper], [ours] where it leaves them open, or cited; README.md lists every difference.
 """
 import argparse
@@ -41,6 +43,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
@@ -71,14 +74,14 @@ SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teac
     "lr2_teacher": (0.2, "step 2: the teacher's learning rate, as a share of lr_teacher"),
     "lr2_student": (0.2, "step 2: the student's learning rate, as a share of lr_student; 0.5 undid step 1"),
     "w_adv": (1.0, "weight of a GAN's adversarial loss"),
-    "w_con": (1.0, "weight of a GAN's contextual loss; digits want more of it"),
+    "w_con": (1.0, "weight of a GAN's contextual loss; 10 on digits and MNIST"),
     "w_lat": (1.0, "weight of a GAN's latent loss"),
     "kd_inter": (1.0, "weight of the intermediate distillation loss"),
     "kd_latent": (1.0, "weight of the latent distillation loss"),
     "kd_adv": (0.1, "weight of the adversarial distillation loss; at 1 it outweighs the others"),
     "flip": (True, "mirror training images left-right at random"),
 }
-PER_DATASET = {  # where a data set differs; widths reach the paper's FLOP ratios (24.45, MNIST 311.11, Fashion 700)
+PER_DATASET = {  # where one differs; widths reach the paper's computation ratios, 24.45 (CIFAR-10), 311.11, 700
     "digits": dict(normal="8", teacher_width=32, student_width=4, batch=16, epochs=20, epochs1=20, epochs2=10,
                    lr_teacher=1e-3, w_con=10.0, flip=False),
     "mnist": dict(student_width=6, w_con=10.0, flip=False),
@@ -116,7 +119,8 @@ def load_torchvision(dataset, root):
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root) as part:  # Ctrl-C leaves nothing half-written
                 cls(part, download=True)
-                Path(part, folder).replace(root / folder)
+                if not (root / folder).exists():  # another run may have been faster
+                    Path(part, folder).replace(root / folder)
         return cls(root, train=True), cls(root, train=False)
     except Exception as error:  # torchvision raises all sorts: no network, a missing file, broken bytes
         raise RunError(f"{dataset} cannot be loaded ({error}): put {root / files} there, or delete "
@@ -136,9 +140,12 @@ def load_folder(root, size):
         x = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
         for i, (path, _) in enumerate(split.samples):
             try:
-                x[i] = TF.pil_to_tensor(TF.resize(split.loader(path), [size, size]))
+                with Image.open(path) as image:
+                    if image.mode[0] in "IF":  # Pillow would clip these to 255
+                        raise ValueError("it has more than 8 bits a channel")
+                    x[i] = TF.pil_to_tensor(TF.resize(image.convert("RGB"), [size, size]))
             except Exception as error:  # decoders raise all sorts on broken bytes
-                raise RunError(f"{path} cannot be read as an image ({error}): mend or remove it")
+                raise RunError(f"{path} cannot be used as an image ({error}): mend or remove it")
         return x, torch.tensor([classes.index(split.classes[k]) for k in split.targets])
 
     (x, c), (x_test, c_test) = read(train), read(test)
@@ -169,7 +176,7 @@ def load_images(dataset, root, size):
 def one_class_split(x, c, x_test, c_test, normal, val=False):
     """The one-class task of class index `normal`: (x_train, x_test, y_test), y = 1 for an anomaly.
 
-    x_train is the normal class of the training split, x_test the whole test split [paper]. With `val` a tenth of
+    x_train is the normal class of the training split, x_test the whole test split, as is usual. With `val` a tenth of
     the training split, always the same, is held out and evaluated instead: settings are chosen there."""
     if val:
         held = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) < len(x) // 10  # a tenth are True
@@ -181,10 +188,11 @@ def load_task(s, device):
     """The task that the settings name: (x_train, x_test, y_test, name of the normal class), images as float32 in
     [-1, 1] on the device. Raises UsageError for an unknown class, RunError for data that cannot be used."""
     x, c, x_test, c_test, classes = load_images(s.dataset, s.data, s.size)
-    normal = classes.index(s.normal) if s.normal in classes else int(s.normal) if s.normal.isdecimal() else -1
+    known = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+    normal = known.get(s.normal, -1)
     if not (c == normal).any():
-        known = ", ".join(f"{i} ({classes[i]})" for i in c.unique())
-        raise UsageError(f"--normal {s.normal}: no such class in the training split; there are {known}")
+        have = ", ".join(f"{i} ({classes[i]})" for i in c.unique())
+        raise UsageError(f"--normal {s.normal}: no such class in the training split; there are {have}")
     x, x_test, y_test = one_class_split(x, c, x_test, c_test, normal, s.val)
     if len(x) == 0 or y_test.unique().numel() < 2:
         split = "validation split (a tenth of the training split)" if s.val else "test split"
@@ -194,8 +202,8 @@ def load_task(s, device):
 
 # ------------------------------------------------------------------------------------------------ networks
 # nn.GroupNorm(c, c) normalises each channel of each image by itself: instance normalisation (Ulyanov et al. 2016)
-# [ours]. Batch normalisation computes the same in training at batch size 1, where the authors had their best results
-# (arXiv 2109.07295). There are no running statistics, and an image's score cannot depend on its batch.
+# [ours]. The authors had their best results at batch size 1 (arXiv 2109.07295), where batch normalisation in training
+# would compute just this. There are no running statistics, and an image's score cannot depend on its batch.
 
 def stage_widths(size, width):
     """Channels of the stages that halve size x size down to 4 x 4, doubling from `width` up to 8 times it as in
@@ -355,7 +363,7 @@ def adversarial_distillation_loss(f_t, f_s):
 
 @lru_cache
 def native_bf16(device_type):
-    """Whether "cpu", "cuda" or "mps" multiplies in bfloat16 by itself, so that it pays."""
+    """Whether the device, "cpu", "cuda" or "mps", has bfloat16 in hardware, so that it pays; not asked of MPS."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = getattr(torch.cpu, "get_capabilities", dict)() if device_type == "cpu" else {}
@@ -363,8 +371,8 @@ def native_bf16(device_type):
 
 
 def amp(net, x):
-    """net(x) for training, with convolutions in bfloat16 where that is native. Codes, images, logits and
-    features, of which the losses are made, come back in float32."""
+    """net(x) for training, with convolutions in bfloat16 where that is native. Codes, images, logits and features
+    come back in float32; stages do not, attention_map converts them."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=native_bf16(x.device.type)):
         return net(x)
 
@@ -381,8 +389,8 @@ def train_step(x, trained, pair, own, opt_d, opt_g, s):
 
     trained: the GANs to update; own: whether they have GAN losses of their own; pair: (teacher, student) for
     distillation, or (). Distillation moves the student only [ours]: a teacher that its gradient reached could
-    lower the loss by becoming as poor as the student. Returns what to log, {name: scalar}; of two GANs' own
-    losses those of the last in `trained`, the student."""
+    lower the loss by becoming as poor as the student. Returns what to log, {name: scalar}: loss_D and loss_G sum
+    over all GANs, the parts of two GANs' own losses are those of the last in `trained`, the student."""
     out = {gan: amp(gan.g, x) for gan in dict.fromkeys([*pair, *trained])}  # each once, a frozen teacher too
     with_own = trained if own else []
     if pair:
@@ -452,13 +460,14 @@ def fit(stage, rates, x, epochs, s, pair=(), own=True, first_epoch=0):
             for scheduler in schedulers:
                 scheduler.step()
             if live:
-                print(f"\r{stage} {epoch}/{epochs}, {i * s.batch}/{len(x)} images ", end="", flush=True)
+                print(f"\r{stage} {epoch}/{epochs}, batch {i + 1}/{len(batches)} ", end="", flush=True)
         log = dict(zip(log, (sums / len(batches)).tolist()))
         if not all(map(math.isfinite, log.values())):
             raise RunError(f"{stage}, epoch {epoch}: NaN or Inf in {log}; lower the learning rates")
         seconds = time.perf_counter() - start
         pace = f"{epoch * len(x) / seconds:.0f} images/s, {seconds / epoch * (epochs - epoch):.0f} s left"
-        print("\r" * live + f"{stage} {epoch}/{epochs}:", *(f"{k} {v:.3f}" for k, v in log.items()), "|", pace, flush=True)
+        parts = (f"{key} {value:.3f}" for key, value in log.items())
+        print("\r" * live + f"{stage} {epoch}/{epochs}:", *parts, "|", pace, flush=True)
     return epochs * len(x) / seconds
 
 
@@ -495,6 +504,7 @@ def run(s):
     """The whole method on the task that the settings name: train, evaluate, print, write; returns the result.
     result.json, student.pt and teacher.pt, as step 2 left them, go to a folder of this task in s.out."""
     began, device = time.perf_counter(), torch.device(s.device)
+    torch.backends.cudnn.allow_tf32 = False  # scores are float32 on CUDA too
     x, x_test, y_test, name = load_task(s, device)
     dataset = Path(s.data).resolve().name if s.dataset == "folder" else s.dataset
     task = f"{dataset}-{name}-seed{s.seed}{'-val' * s.val}".replace("/", "-")
@@ -520,7 +530,7 @@ def run(s):
     stage("teacher", {teacher: s.lr_teacher}, s.epochs)
     stage("student_alone", {alone: s.lr_student}, epochs12)
 
-    teacher.eval().requires_grad_(False)  # frozen; buffers it has none, as no norm keeps statistics
+    teacher.eval().requires_grad_(False)  # frozen; it has no buffers, since no norm keeps statistics
     stage("step1", {student: s.lr_student}, s.epochs1, (teacher, student), own=False)
 
     teacher.requires_grad_(True)
@@ -528,7 +538,7 @@ def run(s):
     stage("step2", rates, s.epochs2, (teacher, student), first_epoch=s.epochs1)
     auc["teacher_step2"] = auroc(teacher, x_test, y_test)
 
-    if s.ablation:  # the paper's single-step rival: jointly from random weights, as many updates as both steps
+    if s.ablation:  # single step: jointly from random weights, as many updates of the student as both steps
         stage("joint_only", {rival_teacher: s.lr_teacher, rival: s.lr_student}, epochs12, (rival_teacher, rival))
 
     (params_t, flops_t), (params_s, flops_s) = cost(teacher), cost(student)
@@ -602,7 +612,7 @@ def main(argv=None):
         message, code = "out of memory on the device; lower --batch, --size or the widths", 1
     except KeyboardInterrupt:
         message, code = "interrupted; nothing half-written is left", 130
-    print("pkdgan.py:", " ".join(message.split()), file=sys.stderr)
+    print("\n" * sys.stdout.isatty() + "pkdgan.py:", " ".join(message.split()), file=sys.stderr)
     return code
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every data set and normal class, one run after the other; stops at the first run that fails.
-#   bash run_all.sh [any flag of pkdgan.py]
+# MNIST, Fashion-MNIST and CIFAR-10, every normal class, one run after the other; stops at the first run that fails.
+#   bash run_all.sh [any other flag of pkdgan.py]
 #   DATASETS="mnist" NORMALS="0 1 2" bash run_all.sh --ablation
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -507,6 +507,8 @@ def bad_folder(root, part):
     make_folder(root)
     if part == "image":
         (root / "train" / "good" / "1.png").write_bytes(b"no image")
+    elif part == "16 bits":
+        Image.new("I;16", (40, 30), 5000).save(root / "train" / "good" / "1.png")
     elif part == "truncated":
         file = root / "train" / "good" / "1.png"
         file.write_bytes(file.read_bytes()[:60])
@@ -520,6 +522,7 @@ def bad_folder(root, part):
     (2, ["nosuch", "digits", "mnist", "fmnist", "cifar10", "folder"], ["--dataset", "nosuch"]),
     (2, ["cat", "0", "9"], ["--normal", "cat"]),
     (2, ["10", "0", "9"], ["--normal", "10"]),
+    (2, ["0", "9"], ["--normal", "9" * 30]),
     (2, ["--size 24", "power of two"], ["--size", "24"]),
     (2, ["--batch 0", "at least 1"], ["--batch", "0"]),
     (2, ["--lr-student nan"], ["--lr-student", "nan"]),
@@ -536,12 +539,13 @@ def bad_folder(root, part):
     (1, ["no AUROC", "validation"], ["--dataset", "folder", "--data", "folder", "--normal", "good", "--val"]),
     (1, ["bad image/train/good/1.png"], ["--dataset", "folder", "--data", "bad image"]),
     (1, ["bad truncated/train/good/1.png"], ["--dataset", "folder", "--data", "bad truncated"]),
+    (1, ["bad 16 bits/train/good/1.png", "8 bits"], ["--dataset", "folder", "--data", "bad 16 bits"]),
     (1, ["teacher, epoch 1", "NaN or Inf", "learning rates"], ["--lr-teacher", "1e9"]),
     (1, ["cannot write", "--out"], ["--out", "a file"]),
 ])
 def test_bad_input_gets_one_clear_line(code, words, flags, tmp_path):
     make_folder(tmp_path / "folder")
-    for part in ("test", "image", "truncated"):
+    for part in ("test", "image", "truncated", "16 bits"):
         bad_folder(tmp_path / (f"without {part}" if part == "test" else f"bad {part}"), part)
     for split in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
