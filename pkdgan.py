@@ -71,8 +71,7 @@ SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teac
     "epochs2": (4, "epochs of step 2; the student alone gets epochs1 + epochs2"),
     "lr_teacher": (5e-4, "learning rate of the teacher"),
     "lr_student": (2e-3, "learning rate of the student"),
-    "lr2_teacher": (0.2, "step 2: the teacher's learning rate, as a share of lr_teacher"),
-    "lr2_student": (0.2, "step 2: the student's learning rate, as a share of lr_student; 0.5 undid step 1"),
+    "lr_step2": (0.2, "both learning rates in step 2, as a share of the above; 0.5 for the student undid step 1"),
     "w_adv": (1.0, "weight of a GAN's adversarial loss"),
     "w_con": (1.0, "weight of a GAN's contextual loss; 10 on digits and MNIST"),
     "w_lat": (1.0, "weight of a GAN's latent loss"),
@@ -86,8 +85,7 @@ PER_DATASET = {  # where one differs; widths reach the paper's computation ratio
                    lr_teacher=1e-3, w_con=10.0, flip=False),
     "mnist": dict(student_width=6, w_con=10.0, flip=False),
     "fmnist": dict(student_width=3),
-    "cifar10": dict(),
-    "folder": dict(),
+    "cifar10": {}, "folder": {},
 }
 
 
@@ -519,7 +517,7 @@ def run(s):
         torch.manual_seed(s.seed)
         return GAN(s.size, x.shape[1], width, s.z_dim).to(device)
 
-    auc, speed, epochs12 = {}, {}, s.epochs1 + s.epochs2
+    auc, speed, both_steps = {}, {}, s.epochs1 + s.epochs2
 
     def stage(key, rates, epochs, pair=(), **how):  # the last GAN in rates is the one that is evaluated
         speed[key] = fit(key.replace("_", " "), rates, x, epochs, s, pair, **how)
@@ -528,18 +526,18 @@ def run(s):
     teacher, student = new_gan(s.teacher_width), new_gan(s.student_width)
     alone, rival, rival_teacher = map(copy.deepcopy, (student, student, teacher))  # equal starts
     stage("teacher", {teacher: s.lr_teacher}, s.epochs)
-    stage("student_alone", {alone: s.lr_student}, epochs12)
+    stage("student_alone", {alone: s.lr_student}, both_steps)
 
     teacher.eval().requires_grad_(False)  # frozen; it has no buffers, since no norm keeps statistics
     stage("step1", {student: s.lr_student}, s.epochs1, (teacher, student), own=False)
 
     teacher.requires_grad_(True)
-    rates = {teacher: s.lr2_teacher * s.lr_teacher, student: s.lr2_student * s.lr_student}
+    rates = {teacher: s.lr_step2 * s.lr_teacher, student: s.lr_step2 * s.lr_student}
     stage("step2", rates, s.epochs2, (teacher, student), first_epoch=s.epochs1)
     auc["teacher_step2"] = auroc(teacher, x_test, y_test)
 
     if s.ablation:  # single step: jointly from random weights, as many updates of the student as both steps
-        stage("joint_only", {rival_teacher: s.lr_teacher, rival: s.lr_student}, epochs12, (rival_teacher, rival))
+        stage("joint_only", {rival_teacher: s.lr_teacher, rival: s.lr_student}, both_steps, (rival_teacher, rival))
 
     (params_t, flops_t), (params_s, flops_s) = cost(teacher), cost(student)
     print("\n| | AUROC % | parameters | FLOPs per image | ratio |\n|---|---|---|---|---|")
