@@ -84,8 +84,7 @@ PER_DATASET = {  # where one differs; widths reach the paper's computation ratio
     "digits": dict(normal="8", teacher_width=32, student_width=4, batch=16, epochs=20, epochs1=20, epochs2=10,
                    lr_teacher=1e-3, w_con=10.0, flip=False),
     "mnist": dict(student_width=6, w_con=10.0, flip=False),
-    "fmnist": dict(student_width=3),
-    "cifar10": {}, "folder": {},
+    "fmnist": dict(student_width=3), "cifar10": {}, "folder": {},
 }
 
 
@@ -133,20 +132,17 @@ def load_folder(root, size):
     except OSError as error:
         raise RunError(f"{root} is not an image folder with train/<class>/* and test/<class>/*: {error}")
     classes = train.classes + [name for name in test.classes if name not in train.classes]
-
-    def read(split):
-        x = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
+    x, x_test = (torch.empty(len(split), 3, size, size, dtype=torch.uint8) for split in (train, test))
+    for images, split in (x, train), (x_test, test):
         for i, (path, _) in enumerate(split.samples):
             try:
                 with Image.open(path) as image:
                     if image.mode[0] in "IF":  # Pillow would clip these to 255
                         raise ValueError("it has more than 8 bits a channel")
-                    x[i] = TF.pil_to_tensor(TF.resize(image.convert("RGB"), [size, size]))
+                    images[i] = TF.pil_to_tensor(TF.resize(image.convert("RGB"), [size, size]))
             except Exception as error:  # decoders raise all sorts on broken bytes
                 raise RunError(f"{path} cannot be used as an image ({error}): mend or remove it")
-        return x, torch.tensor([classes.index(split.classes[k]) for k in split.targets])
-
-    (x, c), (x_test, c_test) = read(train), read(test)
+    c, c_test = (torch.tensor([classes.index(split.classes[k]) for k in split.targets]) for split in (train, test))
     if (x == x[:, :1]).all():
         x, x_test = x[:, :1], x_test.float().mean(1, keepdim=True).round().byte()
     return x, c, x_test, c_test, classes
@@ -223,6 +219,7 @@ class Encoder(nn.Module):
         self.head = nn.Conv2d(widths[-1], z_dim, 4)
 
     def forward(self, x):
+        """(B, C, size, size) -> code (B, z_dim) in float32, list of stages."""
         stages = [x := stage(x) for stage in self.stages]
         return self.head(x).flatten(1).float(), stages
 
@@ -240,6 +237,7 @@ class Decoder(nn.Module):
         self.head = nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1)
 
     def forward(self, z):
+        """(B, z_dim) -> image (B, C, size, size) in float32, list of stages."""
         h = z[:, :, None, None]
         stages = [h := stage(h) for stage in self.stages]
         return self.head(h).float().tanh(), stages
@@ -271,6 +269,7 @@ class Generator(nn.Module):
         self.radius = z_dim ** 0.5
 
     def forward(self, x):
+        """(B, C, size, size) -> Generated."""
         z, stages_down = self.encode(x)
         z = self.radius * F.normalize(z)
         x_hat, stages_up = self.decode(z)
@@ -282,6 +281,7 @@ class Discriminator(Encoder):
     """An encoder to one number: x -> logit (B,), high for real, and features (B, w', 4, 4), its last stage."""
 
     def forward(self, x):
+        """(B, C, size, size) -> logit (B,), features (B, w', 4, 4), both float32."""
         logit, stages = super().forward(x)
         return logit[:, 0], stages[-1].float()
 
@@ -439,7 +439,8 @@ def fit(stage, rates, x, epochs, s, pair=(), own=True, first_epoch=0):
     updates = epochs * math.ceil(len(x) / s.batch)
     warmup = min(100, math.ceil(updates / 10))
 
-    def factor(i):  # a warm-up, then a cosine to 0, which settles the nets: the last epoch is fair to report
+    def factor(i):
+        """Of the learning rate at update i: a warm-up, then a cosine to 0, so that the last epoch is settled."""
         return min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * i / updates)) / 2
 
     schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, factor) for opt in (opt_d, opt_g)]
@@ -514,12 +515,14 @@ def run(s):
         print(f"--batch {s.batch} is more than the {len(x)} training images: one update an epoch, with all of them")
 
     def new_gan(width):
+        """A GAN whose initial weights depend on the seed and the width alone."""
         torch.manual_seed(s.seed)
         return GAN(s.size, x.shape[1], width, s.z_dim).to(device)
 
     auc, speed, both_steps = {}, {}, s.epochs1 + s.epochs2
 
-    def stage(key, rates, epochs, pair=(), **how):  # the last GAN in rates is the one that is evaluated
+    def stage(key, rates, epochs, pair=(), **how):
+        """Train a stage and note its speed and the AUROC of the last GAN in rates."""
         speed[key] = fit(key.replace("_", " "), rates, x, epochs, s, pair, **how)
         auc[key] = auroc(list(rates)[-1], x_test, y_test)
 
@@ -530,7 +533,6 @@ def run(s):
 
     teacher.eval().requires_grad_(False)  # frozen; it has no buffers, since no norm keeps statistics
     stage("step1", {student: s.lr_student}, s.epochs1, (teacher, student), own=False)
-
     teacher.requires_grad_(True)
     rates = {teacher: s.lr_step2 * s.lr_teacher, student: s.lr_step2 * s.lr_student}
     stage("step2", rates, s.epochs2, (teacher, student), first_epoch=s.epochs1)
@@ -569,14 +571,14 @@ def run(s):
 def parse(argv=None):
     """Settings (a namespace) from a command line, sys.argv by default. Raises UsageError."""
     def usage_error(message):
+        """argparse's error handler, for one line instead of the list of flags."""
         raise UsageError(message)
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = usage_error  # one line, without the list of flags
+    parser.error = usage_error
     for name, (default, what) in SETTINGS.items():
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-        if name == "dataset":
-            kind["choices"] = list(PER_DATASET)
+        kind |= {"choices": list(PER_DATASET)} if name == "dataset" else {}
         own = "".join(f", {dataset} {own[name]}" for dataset, own in PER_DATASET.items() if name in own)
         parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{what} ({default}{own})",
                             **kind)
