@@ -1,11 +1,117 @@
 #!/usr/bin/env bash
-# MNIST, Fashion-MNIST and CIFAR-10, every normal class, one run after the other; stops at the first run that fails.
-#   bash run_all.sh [any other flag of pkdgan.py]
-#   DATASETS="mnist" NORMALS="0 1 2" bash run_all.sh --ablation
+# Every data set, normal class and seed: runs what has no result yet, then prints the table.
+#
+#   bash run_all.sh                              # MNIST, Fashion-MNIST and CIFAR-10, ten classes each, seed 0
+#   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs bash run_all.sh [any flag of pkdgan.py]
+#   sbatch --array=0-29 run_all.sh               # Slurm: each task of the array does its share
+#   JOBS=0 bash run_all.sh                       # nothing but the table of what there is
+#
+# JOBS runs go at a time and share the cores. Each has a log, OUT/<run>.log, and a folder with its result.json. What
+# has a result for the same settings is skipped: stop this however you like, and start it again. A run with other
+# settings replaces the result; give it another OUT.
 set -euo pipefail
 cd "$(dirname "$0")"
-for dataset in ${DATASETS:-mnist fmnist cifar10}; do
-  for normal in ${NORMALS:-0 1 2 3 4 5 6 7 8 9}; do
-    python pkdgan.py --dataset "$dataset" --normal "$normal" "$@"
-  done
-done
+[ -f pkdgan.py ] || cd "$SLURM_SUBMIT_DIR" # Slurm starts a copy of this script that lies elsewhere
+exec python - "$@" <<'EOF'
+import fcntl, json, os, shlex, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+import pkdgan, torch
+
+ask = {"DATASETS": "mnist fmnist cifar10", "NORMALS": "0 1 2 3 4 5 6 7 8 9", "SEEDS": "0", "JOBS": "1", "OUT": "runs"}
+ask = {key: os.environ.get(key) or default for key, default in ask.items()}
+datasets, normals, seeds = (ask[key].split() for key in ("DATASETS", "NORMALS", "SEEDS"))
+out, flags, in_array = Path(ask["OUT"]), sys.argv[1:], "SLURM_ARRAY_TASK_ID" in os.environ
+PAPER = {  # teacher : student in computation; teacher, student alone, step 1, step 2, gain: means of ten classes, in %
+    "mnist": ["311.11", "97.80", "95.48", "", "97.25", "+1.77"], "fmnist": ["700", "93.1", "91.20", "", "92.93", "+1.73"],
+    "cifar10": ["24.45", "73.76", "70.61", "", "73.05", "+2.44"]}
+command = {(d, n, s): [*flags, "--dataset", d, "--normal", n, "--seed", s, "--out", ask["OUT"]]
+           for d in datasets for s in seeds for n in normals}
+try:
+    jobs, wanted = int(ask["JOBS"]), {run: vars(pkdgan.parse(args)) for run, args in command.items()}
+    task, first, step, shares = (int(os.environ.get(f"SLURM_ARRAY_TASK_{key}", default)) for key, default in (
+        ("ID", 0), ("MIN", 0), ("STEP", 1), ("COUNT", len(command))))
+    if in_array and (task - first) // step >= shares:
+        raise ValueError("--array must be one range, such as 0-29; runs that are finished are skipped")
+except ValueError as error:  # of JOBS, of a flag or of the array
+    sys.exit(print("run_all.sh:", error, file=sys.stderr) or 2)
+mine = list(command)[(task - first) // step::shares] if in_array else list(command)
+title = {d: Path(s["data"]).resolve().name if d == "folder" else d for (d, _, _), s in wanted.items()}
+log = {(d, n, s): out / f"{title[d]}-{n}-seed{s}.log".replace("/", "-") for d, n, s in command}
+
+
+def results():
+    """{run: result} of the runs with a result for these settings. A rival that nobody asked for does no harm."""
+    def fixed(settings):
+        return {key: value for key, value in settings.items() if key not in ("out", "device", "ablation")}
+
+    found = [json.loads(file.read_text()) for file in out.glob("*-seed*/result.json")]
+    return {run: result for run, want in wanted.items() for result in found
+            if fixed(result["settings"]) == fixed(want) and result["settings"]["ablation"] >= want["ablation"]}
+
+
+def execute(run):
+    """One run. If it outlived a run_all.sh that was killed, it holds the lock: wait for its end, then look again."""
+    began = time.perf_counter()
+    with open(log[run], "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if run not in results():
+            file.truncate(0)
+            subprocess.run([sys.executable, "pkdgan.py", *command[run]], stdin=subprocess.DEVNULL, stdout=file,
+                           stderr=file, env=os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))})
+    done.append(run)
+    now, result = time.perf_counter(), results().get(run)
+    print(f"[{len(done)}/{len(todo)}] {log[run].stem}:", f"step 2 {result['auroc']['step2']:.2f} %" if result else "FAILED",
+          f"in {now - began:.0f} s, {(now - start) / len(done) * (len(todo) - len(done)) / 60:.0f} min left", flush=True)
+
+
+def row(name, group, keys, d):
+    """A row of the table: the mean over the normal classes in group, mean ± std over the seeds that have them all."""
+    cells = [name]
+    for key in keys:
+        over_seeds = [[auroc.get((d, n, s), {}).get(key) for n in group] for s in seeds]
+        means = [mean(values) for values in over_seeds if None not in values]
+        cells.append(f"{mean(means):{'+' * (key == 'gain')}.2f}" if means else "missing")
+        cells[-1] += f" ± {stdev(means):.2f}" if len(means) > 1 else ""
+    complete = sum(all((d, n, s) in auroc for n in group) for s in seeds)
+    print("|", " | ".join(cells), f"| {complete} of {len(seeds)} |")
+
+
+finished, done, start = results(), [], time.perf_counter()
+if jobs > 0:
+    todo = [run for run in mine if run not in finished]
+    print(f"{len(mine)} runs, {len(mine) - len(todo)} of them finished before; logs in {out}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            list(pool.map(execute, todo))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            sys.exit("interrupted; the same command goes on from here")
+    finished = results()
+auroc = {run: r["auroc"] | {"gain": r["auroc"]["step2"] - r["auroc"]["student_alone"]} for run, r in finished.items()}
+
+for d in datasets if not in_array else ():
+    have = {run[1]: r for run, r in finished.items() if run[0] == d}
+    keys = ["teacher", "student_alone", "step1", "step2", "gain"]
+    keys += ["joint_only"] * any("joint_only" in of for run, of in auroc.items() if run[0] == d)
+    ratio, *paper = PAPER.get(title[d].split("-")[0], ["not"])
+    print(f"\n| {title[d]} |", " | ".join(keys).replace("_", " "), "| seeds |\n|" + "---|" * (len(keys) + 2))
+    for n in normals:
+        row(n if n not in have or have[n]["normal"] == n else f"{n} {have[n]['normal']}", [n], keys, d)
+    row("mean", normals, keys, d)
+    if paper:
+        print("| paper, mean of ten |", " | ".join(paper + [""] * (len(keys) + 1 - len(paper))), "|")
+    for line in sorted({f"\nAUROC in %, {r['split']} split, {r['device']}, torch {r['versions']['torch']}, FLOPs teacher : "
+                        f"student {r['ratio']:.2f} : 1 ({ratio} in the paper)" for r in have.values()}):
+        print(line)
+if in_array:
+    again = " ".join(f"{key}={shlex.quote(value)}" for key, value in (ask | {"JOBS": "0"}).items())
+    print(f"the table, when every task has ended: {again} bash run_all.sh {shlex.join(flags)}")
+missing = [run for run in mine if run not in finished]
+for run in missing:
+    last = log[run].read_text().split("\n")[-2:-1] if log[run].exists() else ["not started"]
+    print(f"no result: {log[run].stem}:", *last, file=sys.stderr)
+sys.exit(bool(missing))
+EOF

@@ -582,6 +582,139 @@ def test_ctrl_c_leaves_no_half_written_file(tmp_path):
     assert [f for f in (tmp_path / "runs").rglob("*") if f.is_file()] == []
 
 
+# ---------------------------------------------------------------------------------------------- run_all.sh
+
+FAST = ["--size", "16", "--teacher-width", "4", "--student-width", "2", "--epochs", "1", "--epochs1", "1", "--epochs2",
+        "1"]
+
+
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def run_all(out, *flags, start=subprocess.run, **variables):
+    """run_all.sh on digits, classes 0 and 1, in a session of its own."""
+    return start(["bash", str(HERE / "run_all.sh"), *FAST, *flags], text=True, cwd=out.parent, start_new_session=True,
+                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                 env=ENVIRONMENT | {"DATASETS": "digits", "NORMALS": "0 1", "OUT": str(out)} | variables)
+
+
+def fake_result(out, normal, seed, *flags, **auroc):
+    """A result.json as a run of run_all() writes it, with given AUROCs."""
+    s = vars(pk.parse([*FAST, *flags, "--normal", str(normal), "--seed", str(seed)]))
+    folder = out / f"digits-{normal}-seed{seed}"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(
+        {"settings": s, "auroc": dict(teacher=90, student_alone=80, step1=85, step2=88) | auroc, "normal": str(normal),
+         "split": "test", "device": "cpu", "versions": {"torch": "2"}, "ratio": 9.5}))
+    return folder / "result.json"
+
+
+def rows(stdout):
+    """{first cell: the others} of the tables in a text."""
+    lines = [line.strip("| ").split("|") for line in stdout.splitlines() if line.startswith("| ")]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+def test_run_all_two_at_a_time_then_skips(tmp_path):
+    out = tmp_path / "runs"
+    done = run_all(out, JOBS="2")
+    assert done.returncode == 0 and done.stderr == ""
+    results = {n: json.loads((out / f"digits-{n}-seed0" / "result.json").read_text()) for n in "01"}
+    table = rows(done.stdout)
+    for n, result in results.items():
+        auroc = result["auroc"]
+        gain = auroc["step2"] - auroc["student_alone"]
+        assert table[n] == [*(f"{auroc[key]:.2f}" for key in ("teacher", "student_alone", "step1", "step2")),
+                            f"{gain:+.2f}", "1 of 1"]
+        assert (out / f"digits-{n}-seed0.log").read_text().splitlines()[-1].startswith("RESULT ")
+    assert "[2/2] digits-" in done.stdout and "0 min left" in done.stdout
+    logs = {log: log.stat().st_mtime_ns for log in out.glob("*.log")}
+    again = run_all(out)
+    assert "2 of them finished before" in again.stdout and rows(again.stdout) == table and again.returncode == 0
+    assert {log: log.stat().st_mtime_ns for log in out.glob("*.log")} == logs and len(logs) == 2
+    other = run_all(out, "--kd-adv", "0.5", JOBS="0")  # results for other settings are none for these
+    assert other.returncode == 1 and rows(other.stdout)["0"] == ["missing"] * 5 + ["0 of 1"]
+
+
+@pytest.mark.parametrize("victim", ["everything", "run_all.sh alone"])
+def test_run_all_killed_and_started_again(victim, tmp_path):
+    out = tmp_path / "runs"
+    finished = fake_result(out, 0, 0, "--epochs", "9")
+    killed = run_all(out, "--epochs", "9", start=subprocess.Popen)
+    log = out / "digits-1-seed0.log"
+    while not (log.exists() and "teacher 2/9" in log.read_text()):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL if victim == "everything" else signal.SIGSTOP)
+    killed.kill()  # alone, its run goes on, and must be neither lost nor done twice
+    killed.wait()
+    before, kept = log.read_text(), finished.stat().st_mtime_ns
+    again = run_all(out, "--epochs", "9", start=subprocess.Popen)
+    assert "2 runs, 1 of them finished before" in again.stdout.readline()
+    if victim != "everything":
+        time.sleep(0.5)  # it waits for the run that it has not started
+        os.killpg(killed.pid, signal.SIGCONT)
+    table = rows(again.communicate(timeout=170)[0])
+    assert again.returncode == 0 and table["0"][0] == "90.00" and finished.stat().st_mtime_ns == kept
+    assert table["1"][-1] == "1 of 1" and log.read_text().count("RESULT") == log.read_text().count("teacher 1/9") == 1
+    assert log.read_text().startswith(before) == (victim != "everything")  # gone on with, or begun anew
+
+
+def test_run_all_lists_what_failed(tmp_path):
+    done = run_all(tmp_path / "runs", NORMALS="99 0")
+    assert done.returncode == 1 and "FAILED" in done.stdout
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("no result: digits-99-seed0: pkdgan.py: --normal 99: no such")
+    table = rows(done.stdout)
+    assert table["99"] == table["mean"] == ["missing"] * 5 + ["0 of 1"] and table["0"][-1] == "1 of 1"
+
+
+def test_run_all_shares_out_a_slurm_array(tmp_path):
+    out, classes = tmp_path / "runs", "0 1 2 3 4"
+
+    def task(number, JOBS, **array):  # array: of --array=3-7:2
+        return run_all(out, JOBS=JOBS, NORMALS=classes, SLURM_ARRAY_TASK_ID=number,
+                       **{f"SLURM_ARRAY_TASK_{key}": value for key, value in array.items()})
+
+    last = task("7", "1", MIN="3", STEP="2", COUNT="3")
+    assert last.returncode == 0 and [file.name for file in out.glob("*.log")] == ["digits-2-seed0.log"]
+    first = task("3", "0", MIN="3", STEP="2", COUNT="3")
+    assert re.findall(r"digits-(.)-seed0: not started", first.stderr) == ["0", "3"] and first.returncode == 1
+    by_number = task("4", "0")  # without the other variables: run number 4
+    assert re.findall(r"digits-(.)-seed0: not started", by_number.stderr) == ["4"]
+    gap = task("7", "1", MIN="3", COUNT="2")  # --array=3,7
+    assert gap.returncode == 2 and "--array" in gap.stderr and len(gap.stderr.splitlines()) == 1
+    for n in "0134":
+        fake_result(out, n, 0)
+    assert not rows(last.stdout + first.stdout)  # a share's table would say "missing"
+    command = last.stdout.splitlines()[-1].partition(": ")[2]
+    table = subprocess.run(command, shell=True, cwd=HERE, text=True, capture_output=True, env=ENVIRONMENT)
+    assert table.returncode == 0 and rows(table.stdout)["mean"][-1] == "1 of 1" and "missing" not in table.stdout
+
+
+def test_run_all_table_by_hand(tmp_path):
+    out = tmp_path / "runs"
+    for seed, alone, step2 in ((0, 80, 90), (1, 84, 92)):
+        fake_result(out, 0, seed, student_alone=alone, step2=step2)
+    fake_result(out, 1, 0, "--ablation", student_alone=70, step2=60, joint_only=50)
+    fake_result(out, 2, 0, "--kd-adv", "0.5")  # another experiment
+    done = run_all(out, JOBS="0", NORMALS="0 1 2", SEEDS="0 1")
+    assert done.returncode == 1 and [line for line in done.stderr.splitlines()] == [
+        f"no result: digits-{run}: not started" for run in ("2-seed0", "1-seed1", "2-seed1")]
+    table = rows(done.stdout)
+    assert table["0"] == ["90.00 ± 0.00", "82.00 ± 2.83", "85.00 ± 0.00", "91.00 ± 1.41", "+9.00 ± 1.41", "missing", "2 of 2"]
+    assert table["1"] == ["90.00", "70.00", "85.00", "60.00", "-10.00", "50.00", "1 of 2"]
+    assert table["2"] == table["mean"] == ["missing"] * 6 + ["0 of 2"]  # never the mean of those that there are
+    table = rows(run_all(out, JOBS="0", SEEDS="0 1").stdout)
+    assert table["mean"] == ["90.00", "75.00", "85.00", "75.00", "+0.00", "missing", "1 of 2"]
+    assert "9.50 : 1" in done.stdout
+
+
+def test_run_all_starts_nothing_on_a_usage_error(tmp_path):
+    done = run_all(tmp_path / "runs", DATASETS="digits nosuch")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nosuch" in done.stderr and "fmnist" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 # -------------------------------------------------------------------------------------- the text around it
 
 def test_readme_names_what_there_is():
