@@ -60,6 +60,7 @@ SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teac
     "seed": (0, "of weights and batches, never of the split"),
     "device": ("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest there is"),
     "val": (False, "evaluate on held-out training images instead of the test split, to choose settings"),
+    "holdout": (0.0, "share of the normal training images that is not trained on, for the p-values of --score"),
     "ablation": (False, "also train the single-step rival"),
     "size": (32, "images become size x size; a power of two from 16"),
     "teacher_width": (128, "channels of the teacher's first stage"),
@@ -84,7 +85,7 @@ PER_DATASET = {  # where one differs; widths reach the paper's computation ratio
     "digits": dict(normal="8", teacher_width=32, student_width=4, batch=16, epochs=20, epochs1=20, epochs2=10,
                    lr_teacher=1e-3, w_con=10.0, flip=False),
     "mnist": dict(student_width=6, w_con=10.0, flip=False),
-    "fmnist": dict(student_width=3), "cifar10": {}, "folder": {},
+    "fmnist": dict(student_width=3), "cifar10": {}, "folder": dict(holdout=0.1),
 }
 
 
@@ -124,6 +125,22 @@ def load_torchvision(dataset, root):
                        f"{root / folder} and run again with a network")
 
 
+def read_image(path, size):
+    """An image file as uint8 (3, size, size). Raises RunError with the path if it cannot be used."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # Pillow would clip these to 255
+                raise ValueError("it has more than 8 bits a channel")
+            return TF.resize(TF.pil_to_tensor(image.convert("RGB")), [size, size])
+    except Exception as error:  # decoders raise all sorts on broken bytes
+        raise RunError(f"{path} cannot be used as an image ({error}): mend or remove it")
+
+
+def to_grey(x):
+    """uint8 (N, 3, h, w) -> (N, 1, h, w), the mean of the channels."""
+    return x.float().mean(1, keepdim=True).round().byte()
+
+
 def load_folder(root, size):
     """As load_images, of root/train/<class>/* and root/test/<class>/*, the layout of MVTec AD. Images have one
     channel if those in train are all grey. Raises RunError with the path at fault."""
@@ -132,19 +149,10 @@ def load_folder(root, size):
     except OSError as error:
         raise RunError(f"{root} is not an image folder with train/<class>/* and test/<class>/*: {error}")
     classes = train.classes + [name for name in test.classes if name not in train.classes]
-    x, x_test = (torch.empty(len(split), 3, size, size, dtype=torch.uint8) for split in (train, test))
-    for images, split in (x, train), (x_test, test):
-        for i, (path, _) in enumerate(split.samples):
-            try:
-                with Image.open(path) as image:
-                    if image.mode[0] in "IF":  # Pillow would clip these to 255
-                        raise ValueError("it has more than 8 bits a channel")
-                    images[i] = TF.pil_to_tensor(TF.resize(image.convert("RGB"), [size, size]))
-            except Exception as error:  # decoders raise all sorts on broken bytes
-                raise RunError(f"{path} cannot be used as an image ({error}): mend or remove it")
+    x, x_test = (torch.stack([read_image(path, size) for path, _ in split.samples]) for split in (train, test))
     c, c_test = (torch.tensor([classes.index(split.classes[k]) for k in split.targets]) for split in (train, test))
     if (x == x[:, :1]).all():
-        x, x_test = x[:, :1], x_test.float().mean(1, keepdim=True).round().byte()
+        x, x_test = to_grey(x), to_grey(x_test)
     return x, c, x_test, c_test, classes
 
 
@@ -505,6 +513,8 @@ def run(s):
     began, device = time.perf_counter(), torch.device(s.device)
     torch.backends.cudnn.allow_tf32 = False  # scores are float32 on CUDA too
     x, x_test, y_test, name = load_task(s, device)
+    held = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) < int(s.holdout * len(x))
+    x, x_held = x[~held], x[held]  # calibration takes normal images that no net has seen
     dataset = Path(s.data).resolve().name if s.dataset == "folder" else s.dataset
     task = f"{dataset}-{name}-seed{s.seed}{'-val' * s.val}".replace("/", "-")
     folder = Path(s.out, task)
@@ -557,7 +567,8 @@ def run(s):
         | {module.__name__: module.__version__ for module in (torch, torchvision, sklearn)}}
     with tempfile.TemporaryDirectory(dir=s.out) as part:  # files appear whole or not at all
         for file, gan in ("teacher.pt", teacher), ("student.pt", student):
-            saved = {"form": gan.form, "weights": gan.cpu().state_dict(), "settings": vars(s)}
+            saved = {"form": gan.form, "calibration": score(gan.g, x_held).cpu().sort().values if len(x_held) else None,
+                     "weights": gan.cpu().state_dict(), "settings": vars(s)}
             torch.save(saved, buffer := io.BytesIO())  # to memory: on a full disk torch.save raises no OSError
             Path(part, file).write_bytes(buffer.getvalue())
         Path(part, "result.json").write_text(json.dumps(result, indent=1))
@@ -588,6 +599,8 @@ def parse(argv=None):
         least = 1 if type(value) is int and name != "seed" else 0
         if type(value) in (int, float) and not least <= value < 2 ** 31:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least} and less than 2^31")
+    if s.holdout >= 1:
+        raise UsageError(f"--holdout {s.holdout}: must be a share less than 1")
     if s.size < 16 or s.size & (s.size - 1):
         raise UsageError(f"--size {s.size}: must be a power of two from 16, such as 32 or 64")
     if s.device == "auto":

@@ -36,6 +36,7 @@ try:
         raise ValueError("--array must be one range, such as 0-29; runs that are finished are skipped")
 except ValueError as error:  # of JOBS, of a flag or of the array
     sys.exit(print("run_all.sh:", error, file=sys.stderr) or 2)
+cores = int(os.environ.get("SLURM_CPUS_ON_NODE", torch.get_num_threads()))
 mine = list(command)[(task - first) // step::shares] if in_array else list(command)
 title = {d: Path(s["data"]).resolve().name if d == "folder" else d for (d, _, _), s in wanted.items()}
 log = {(d, n, s): out / f"{title[d]}-{n}-seed{s}.log".replace("/", "-") for d, n, s in command}
@@ -59,7 +60,7 @@ def execute(run):
         if run not in results():
             file.truncate(0)
             subprocess.run([sys.executable, "pkdgan.py", *command[run]], stdin=subprocess.DEVNULL, stdout=file,
-                           stderr=file, env=os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))})
+                           stderr=file, env=os.environ | {"OMP_NUM_THREADS": str(max(1, cores // jobs))})
     done.append(run)
     now, result = time.perf_counter(), results().get(run)
     print(f"[{len(done)}/{len(todo)}] {log[run].stem}:", f"step 2 {result['auroc']['step2']:.2f} %" if result else "FAILED",
