@@ -30,6 +30,7 @@ import argparse
 import copy
 import io
 import json
+import logging
 import math
 import sys
 import tempfile
@@ -43,11 +44,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -70,7 +72,7 @@ SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teac
     "epochs": (8, "epochs of the teacher; 16 gained nothing on CIFAR-10"),
     "epochs1": (8, "epochs of step 1"),
     "epochs2": (4, "epochs of step 2; the student alone gets epochs1 + epochs2"),
-    "lr_teacher": (5e-4, "learning rate of the teacher"),
+    "lr_teacher": (1e-4, "learning rate of a teacher of width 128; of another's, in inverse proportion to the width"),
     "lr_student": (2e-3, "learning rate of the student"),
     "lr_step2": (0.2, "both learning rates in step 2, as a share of the above; 0.5 for the student undid step 1"),
     "w_adv": (1.0, "weight of a GAN's adversarial loss"),
@@ -83,7 +85,7 @@ SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teac
 }
 PER_DATASET = {  # where one differs; widths reach the paper's computation ratios, 24.45 (CIFAR-10), 311.11, 700
     "digits": dict(normal="8", teacher_width=32, student_width=4, batch=16, epochs=20, epochs1=20, epochs2=10,
-                   lr_teacher=1e-3, w_con=10.0, flip=False),
+                   lr_teacher=2.5e-4, w_con=10.0, flip=False),
     "mnist": dict(student_width=6, w_con=10.0, flip=False),
     "fmnist": dict(student_width=3), "cifar10": {}, "folder": dict(holdout=0.1),
 }
@@ -480,12 +482,33 @@ def fit(stage, rates, x, epochs, s, pair=(), own=True, first_epoch=0):
 
 # ---------------------------------------------------------------------------------------------- evaluation
 
+class Detector(nn.Module):
+    """What is deployed: images x (N, C, size, size) in [-1, 1] -> anomaly scores (N,)."""
+
+    def __init__(self, g):
+        super().__init__()
+        self.g = g
+
+    def forward(self, x):
+        """||z - z_hat||_2 [paper] of each image, from 0 to 2 sqrt(z_dim), higher is more anomalous."""
+        out = self.g(x)
+        return (out.z - out.z_hat).norm(dim=1)
+
+
 @torch.inference_mode()
 def score(g, x):
-    """Anomaly score ||z - z_hat||_2 [paper] of each image: x (N, C, size, size) in [-1, 1] -> (N,), float32, from
-    0 to 2 sqrt(z_dim), higher is more anomalous. It depends on that image alone."""
-    g.eval()
-    return torch.cat([(out.z - out.z_hat).norm(dim=1) for out in map(g, x.split(256))])
+    """Anomaly scores (N,), float32, of the images x (N, C, size, size) in [-1, 1] by generator g. Each depends on its
+    image alone."""
+    return torch.cat([Detector(g.eval())(part) for part in x.split(256)])
+
+
+def p_values(scores, calibration):
+    """Conformal p-values (Vovk et al. 2005, Bates et al. 2023) of scores (N,), given the sorted scores (n,) of normal
+    images that nothing was trained on:
+        p = (1 + number of calibration scores >= score) / (n + 1)
+    A normal image has p <= alpha with a probability of at most alpha.
+    By hand: p_values([2.5], [1., 2., 3.]) = (1 + 1) / (3 + 1) = 0.5"""
+    return (1 + len(calibration) - torch.searchsorted(calibration, scores)) / (len(calibration) + 1)
 
 
 def auroc(gan, x_test, y_test):
@@ -503,6 +526,36 @@ def cost(gan):
         for net in (fresh.g, fresh.d):
             net(torch.zeros(1, gan.form["channels"], size, size))
     return sum(p.numel() for p in fresh.parameters()), counter.get_total_flops()
+
+
+def microseconds(g, x):
+    """Time to score one of the images x (N, C, size, size) when all are scored at once, on their device."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel("ERROR")  # it may miss a compiler that nobody needs
+    from torch.utils.benchmark import Timer
+    timer = Timer("score(g, x)", globals={"score": score, "g": g, "x": x}, num_threads=torch.get_num_threads())
+    return 1e6 * timer.blocked_autorange(min_run_time=0.5).median / len(x)
+
+
+@torch.inference_mode()
+def save_samples(path, x, y, teacher, student):
+    """A picture of 4 x 8 test images, chosen by the student's score: the highest, anomalies and normal images around
+    their medians, the lowest. Under each what teacher and student make of it."""
+    order = score(student.g, x).argsort(descending=True).cpu()
+    kinds = {"anomalies, median": order[y[order] == 1], "normal, median": order[y[order] == 0]}
+    kinds = {kind: index[max(0, len(index) // 2 - 4):][:8] for kind, index in kinds.items()}
+    rows, labels = [], []
+    for kind, index in {"highest scores": order[:8], **kinds, "lowest scores": order[-8:]}.items():
+        images = x[index.to(x.device)]
+        for net, made in ("input", images), ("teacher", teacher.g(images).x_hat), ("student", student.g(images).x_hat):
+            rows.append(F.pad(made, (0, 0, 0, 0, 0, 0, 0, 8 - len(made)), value=1))
+            labels.append(f"{kind}: {net}" if net != "input" else f"{kind}: input ({int(y[index].sum())} anomalies)")
+    grid = torchvision.utils.make_grid(torch.cat(rows), nrow=8, normalize=True, value_range=(-1, 1), pad_value=1)
+    height = 2 * grid.shape[1]
+    picture = Image.new("RGB", (2 * grid.shape[2] + 220, height), "white")
+    picture.paste(TF.to_pil_image(grid).resize((2 * grid.shape[2], height), Image.Resampling.NEAREST), (220, 0))
+    for i, label in enumerate(labels):
+        ImageDraw.Draw(picture).text((4, (i + 0.4) * height / len(rows)), label, fill="black")
+    picture.save(path)
 
 
 # ----------------------------------------------------------------------------------------------------- run
@@ -538,45 +591,109 @@ def run(s):
 
     teacher, student = new_gan(s.teacher_width), new_gan(s.student_width)
     alone, rival, rival_teacher = map(copy.deepcopy, (student, student, teacher))  # equal starts
-    stage("teacher", {teacher: s.lr_teacher}, s.epochs)
+    lr_teacher = s.lr_teacher * 128 / s.teacher_width  # so that Adam's steps stay alike (Yang et al. 2021)
+    stage("teacher", {teacher: lr_teacher}, s.epochs)
     stage("student_alone", {alone: s.lr_student}, both_steps)
 
     teacher.eval().requires_grad_(False)  # frozen; it has no buffers, since no norm keeps statistics
     stage("step1", {student: s.lr_student}, s.epochs1, (teacher, student), own=False)
     teacher.requires_grad_(True)
-    rates = {teacher: s.lr_step2 * s.lr_teacher, student: s.lr_step2 * s.lr_student}
+    rates = {teacher: s.lr_step2 * lr_teacher, student: s.lr_step2 * s.lr_student}
     stage("step2", rates, s.epochs2, (teacher, student), first_epoch=s.epochs1)
     auc["teacher_step2"] = auroc(teacher, x_test, y_test)
 
     if s.ablation:  # single step: jointly from random weights, as many updates of the student as both steps
-        stage("joint_only", {rival_teacher: s.lr_teacher, rival: s.lr_student}, both_steps, (rival_teacher, rival))
+        stage("joint_only", {rival_teacher: lr_teacher, rival: s.lr_student}, both_steps, (rival_teacher, rival))
 
-    (params_t, flops_t), (params_s, flops_s) = cost(teacher), cost(student)
-    print("\n| | AUROC % | parameters | FLOPs per image | ratio |\n|---|---|---|---|---|")
+    nets = {"teacher": teacher, "student": student}
+    params, flops = ({net: cost(gan)[i] for net, gan in nets.items()} for i in (0, 1))
+    slow, fast = ({net: microseconds(gan.g, x_test[torch.arange(batch) % len(x_test)]) for net, gan in nets.items()}
+                  for batch in (1, 256))
+    print("\n| | AUROC % | parameters | FLOPs per image | ratio | us per image, batch 1 | ratio | batch 256 | ratio |\n"
+          "|---|---|---|---|---|---|---|---|---|")
     for key, value in auc.items():
-        params, flops = (params_t, flops_t) if key.startswith("teacher") else (params_s, flops_s)
-        print(f"| {key.replace('_', ' ')} | {value:.2f} | {params:,} | {flops:,} | {flops_t / flops:.2f} |")
+        net = "teacher" if key.startswith("teacher") else "student"
+        cells = [f"{of[net]:,.0f} | {of['teacher'] / of[net]:.2f}" for of in (flops, slow, fast)]
+        print(f"| {key.replace('_', ' ')} | {value:.2f} | {params[net]:,} |", " | ".join(cells), "|")
     result = {
         "dataset": s.dataset, "normal": name, "seed": s.seed, "split": "validation" if s.val else "test",
-        "images": {"train": len(x), "test": len(x_test), "anomalies": int(y_test.sum())},
-        "auroc": auc, "params": {"teacher": params_t, "student": params_s},
-        "flops": {"teacher": flops_t, "student": flops_s}, "ratio": flops_t / flops_s,
+        "images": {"train": len(x), "test": len(x_test), "anomalies": int(y_test.sum())}, "auroc": auc,
+        "params": params, "flops": flops, "ratio": flops["teacher"] / flops["student"],
+        "microseconds_per_image": {"batch 1": slow, "batch 256": fast},
         "images_per_second": speed, "seconds": time.perf_counter() - began, "settings": vars(s),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
         f"{device.type}, {torch.get_num_threads()} threads", "versions": {"python": sys.version.split()[0]}
         | {module.__name__: module.__version__ for module in (torch, torchvision, sklearn)}}
     with tempfile.TemporaryDirectory(dir=s.out) as part:  # files appear whole or not at all
+        save_samples(Path(part, "samples.png"), x_test, y_test, teacher, student)
         for file, gan in ("teacher.pt", teacher), ("student.pt", student):
-            saved = {"form": gan.form, "calibration": score(gan.g, x_held).cpu().sort().values if len(x_held) else None,
-                     "weights": gan.cpu().state_dict(), "settings": vars(s)}
-            torch.save(saved, buffer := io.BytesIO())  # to memory: on a full disk torch.save raises no OSError
-            Path(part, file).write_bytes(buffer.getvalue())
+            saved = {"version": 1, "form": gan.form, "weights": gan.cpu().state_dict(), "settings": vars(s),
+                     "calibration": score(gan.g, x_held.cpu()).sort().values}
+            write(torch.save, saved, Path(part, file))
+        example = torch.zeros(2, *x.shape[1:])
+        write(torch.export.save, torch.export.export(Detector(student.g), (example,), dynamic_shapes=(
+            {0: torch.export.Dim("batch")},)), Path(part, "student.pt2"))
         Path(part, "result.json").write_text(json.dumps(result, indent=1))
         (folder / "result.json").unlink(missing_ok=True)  # of an earlier run: it must not describe the new nets
-        for file in ("teacher.pt", "student.pt", "result.json"):
+        files = sorted(file.name for file in Path(part).iterdir())
+        for file in sorted(files, key="result.json".__eq__):  # the result last: where it is, everything is
             Path(part, file).replace(folder / file)
-    print(f"\nin {folder}: result.json, student.pt, teacher.pt\nRESULT {json.dumps(result)}", flush=True)
+    print(f"\nin {folder}: {', '.join(files)}\nRESULT {json.dumps(result)}", flush=True)
     return result
+
+
+def write(save, thing, path):
+    """save(thing, path) by way of memory: on a full disk torch's functions raise no OSError."""
+    save(thing, buffer := io.BytesIO())
+    path.write_bytes(buffer.getvalue())
+
+
+# ------------------------------------------------------------------------------------- using a trained student
+
+def load_gan(path):
+    """(GAN, its calibration scores) of a student.pt or teacher.pt. Raises RunError if it is none."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["version"] > 1:
+            raise ValueError("a newer pkdgan.py wrote it; use that one")
+        gan = GAN(**saved["form"])
+        gan.load_state_dict(saved["weights"])
+        return gan.eval(), saved["calibration"]
+    except Exception as error:  # torch raises all sorts, with long texts, on what is foreign or cut short
+        reason = error if isinstance(error, (OSError, ValueError)) else type(error).__name__
+        raise RunError(f"{path} is not a whole student.pt or teacher.pt of this program ({reason})")
+
+
+def score_files(checkpoint, paths, alpha, device):
+    """Print a line for each image file, in folders too: path, score, p-value and verdict, "anomaly" if p <= alpha.
+    One that cannot be read gets a line on stderr instead; raises RunError at the end if there was any."""
+    gan, calibration = load_gan(checkpoint)
+    gan, n, broken = gan.to(device), len(calibration), 0
+    files = [file for path in map(Path, paths) for file in (sorted(
+        file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else [path])]
+    if (n + 1) * alpha < 1:
+        print(f"pkdgan.py: {n} normal images were held out of the training, too few for a verdict at --alpha {alpha}: "
+              f"train with --holdout so that there are {math.ceil(1 / alpha) - 1 if alpha else 'more'}", file=sys.stderr)
+    print("path\tscore\tp-value\tverdict")
+    for start in range(0, len(files), 256):
+        images, names = [], []
+        for file in files[start:start + 256]:
+            try:
+                images.append(read_image(file, gan.form["size"]))
+                names.append(file)
+            except RunError as error:
+                print("pkdgan.py:", *str(error).split(), file=sys.stderr)
+                broken += 1
+        if not images:
+            continue
+        x = torch.stack(images)
+        x = (to_grey(x) if gan.form["channels"] == 1 else x).float() / 127.5 - 1
+        scores = score(gan.g, x.to(device)).cpu()
+        for file, value, p in zip(names, scores.tolist(), p_values(scores, calibration).tolist()):
+            verdict = ("anomaly" if p <= alpha else "normal") if (n + 1) * alpha >= 1 else ""
+            print(f"{file}\t{value:.6g}\t{f'{p:.4g}' if n else ''}\t{verdict}", flush=True)
+    if broken or not files:
+        raise RunError(f"{broken} of {len(files)} images could not be scored" if files else f"no image in {' '.join(paths)}")
 
 
 def parse(argv=None):
@@ -593,6 +710,9 @@ def parse(argv=None):
         own = "".join(f", {dataset} {own[name]}" for dataset, own in PER_DATASET.items() if name in own)
         parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{what} ({default}{own})",
                             **kind)
+    parser.add_argument("--score", nargs="+", default=argparse.SUPPRESS, metavar=("STUDENT.PT", "IMAGE_OR_FOLDER"),
+                        help="score images with a trained student instead of training")
+    parser.add_argument("--alpha", type=float, default=argparse.SUPPRESS, help="false alarms that --score may make (0.05)")
     given, defaults = vars(parser.parse_args(argv)), {name: default for name, (default, _) in SETTINGS.items()}
     s = argparse.Namespace(**defaults | PER_DATASET[given.get("dataset", defaults["dataset"])] | given)
     for name, value in vars(s).items():
@@ -615,7 +735,11 @@ def parse(argv=None):
 def main(argv=None):
     """The command-line program; returns its exit code: 0, 1 failure, 2 usage, 130 Ctrl-C."""
     try:
-        run(parse(argv))
+        s = parse(argv)
+        if "score" in s:
+            score_files(s.score[0], s.score[1:], getattr(s, "alpha", 0.05), s.device)
+        else:
+            run(s)
         return 0
     except (UsageError, RunError) as error:
         message, code = str(error), 2 if isinstance(error, UsageError) else 1

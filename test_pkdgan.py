@@ -273,7 +273,7 @@ def test_an_epoch_is_every_image_once_in_a_new_order(traced):
 def test_learning_rates_end_near_zero_and_keep_their_ratio(traced):
     lrs = torch.tensor(traced[0]["step2"]["lr"])
     s = SETTINGS
-    assert torch.allclose(lrs[:, 0] / lrs[:, 1], torch.tensor(s.lr_teacher / s.lr_student))
+    assert torch.allclose(lrs[:, 0] / lrs[:, 1], torch.tensor(s.lr_teacher * 128 / s.teacher_width / s.lr_student))
     assert lrs[-1, 1] < 0.2 * lrs[:, 1].max() and lrs.max() <= s.lr_step2 * s.lr_student
 
 
