@@ -234,6 +234,19 @@ class Encoder(nn.Module):
         return self.head(x).flatten(1).float(), stages
 
 
+class Upsample(nn.Conv2d):
+    """(B, c_in, h, h) -> (B, c_out, 2h, 2h): DCGAN's transposed 4x4 convolution of stride 2, as a 2x2 convolution to
+    four sub-pixels (Shi et al. 2016). For few channels on a CPU that is 3 to 7 times faster."""
+
+    def __init__(self, c_in, c_out, bias=False):
+        super().__init__(c_in, 4 * c_out, 2, padding=1, bias=bias)
+        nn.init.uniform_(self.weight, -(16 * c_out) ** -0.5, (16 * c_out) ** -0.5)  # as of nn.ConvTranspose2d
+
+    def forward(self, x):
+        """A pixel_shuffle of the (h + 1)^2 windows; its outermost rows and columns are beyond the image."""
+        return F.pixel_shuffle(super().forward(x), 2)[..., 1:-1, 1:-1]
+
+
 class Decoder(nn.Module):
     """z (B, z_dim) -> image (B, C, size, size) in [-1, 1], and the stages (B, w', 4, 4), ... up to size/2."""
 
@@ -241,10 +254,10 @@ class Decoder(nn.Module):
         super().__init__()
         widths = stage_widths(size, width)[::-1]
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.ConvTranspose2d(c_in, c_out, 4, stride=2 if i else 1, padding=1 if i else 0, bias=False),
+            nn.Sequential(Upsample(c_in, c_out) if i else nn.ConvTranspose2d(c_in, c_out, 4, bias=False),
                           nn.GroupNorm(c_out, c_out), nn.ReLU(inplace=True))
             for i, (c_in, c_out) in enumerate(zip([z_dim] + widths, widths)))
-        self.head = nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1)
+        self.head = Upsample(widths[-1], channels, bias=True)
 
     def forward(self, z):
         """(B, z_dim) -> image (B, C, size, size) in float32, list of stages."""

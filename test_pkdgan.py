@@ -98,6 +98,14 @@ def test_shapes(size, channels):
         assert torch.allclose(code.norm(dim=1), torch.tensor(10.).sqrt())
 
 
+def test_upsample_is_dcgans_transposed_convolution():
+    up, x = pk.Upsample(3, 2), torch.randn(2, 3, 5, 5)
+    by_window = up.weight.view(2, 2, 2, 3, 2, 2)  # (c_out, sub-pixel, c_in, window), sub-pixel and window 2 x 2
+    kernel = by_window.permute(3, 0, 4, 1, 5, 2).flip(2, 4).reshape(3, 2, 4, 4)
+    assert torch.allclose(up(x), F.conv_transpose2d(x, kernel, stride=2, padding=1), atol=1e-6)
+    assert up.weight.abs().max() < torch.nn.ConvTranspose2d(3, 2, 4).weight.abs().max() * 1.1
+
+
 def test_norm_is_that_of_a_batch_of_one():
     norms = [m for m in gan().modules() if isinstance(m, torch.nn.GroupNorm)]
     assert len(norms) == 5 and not list(gan().buffers())  # 16 x 16: two stages a net, the first of encoders and D without
@@ -127,7 +135,7 @@ def test_flops_by_hand():
     # one 4x4 convolution, 16x16 -> 8x8, 1 -> 1 channels: 2 * 16 * 64 operations; every stage below likewise
     size, z = 16, 10
     encoder = 2 * 16 * (64 * 1 + 16 * 2) + 2 * 16 * 2 * z          # 1 -> 1 -> 2 -> z
-    decoder = 2 * 16 * (z * 2 + 16 * 2 + 64 * 1)                    # z -> 2 -> 1 -> 1
+    decoder = 2 * 16 * (z * 2 + 25 * 2 + 81 * 1)                    # z -> 2 -> 1 -> 1, (4 + 1)^2 and (8 + 1)^2 windows
     discriminator = 2 * 16 * (64 * 1 + 16 * 2) + 2 * 16 * 2
     assert pk.cost(gan(1, size))[1] == 2 * encoder + decoder + discriminator
 
