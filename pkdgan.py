@@ -7,6 +7,7 @@
     python pkdgan.py                                                # scikit-learn's digits, nothing to download
     python pkdgan.py --dataset cifar10 --normal 3                   # the paper's experiment, one class
     python pkdgan.py --dataset folder --data parts --normal good    # your own images
+    python pkdgan.py --score runs/parts-good-seed0/student.pt new   # how anomalous are the images in the folder new?
 
 Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for One-class Novelty Detection",
 IJCAI 2020 (arXiv 2007.06963). A wide teacher (suffix _t) and a narrow student (_s), two GANs of the same
@@ -22,9 +23,7 @@ anomaly score. Four stages, each evaluated after its last epoch:
     step 1          a fresh student learns from the frozen teacher, and from nothing else
     step 2          both go on training, jointly, with their own GAN losses and the distillation losses
 
-Measured, AUROC in % of step 2 (student alone), one seed, teacher width 32, two CPU cores, torch 2.15: MNIST class 1
-99.90 (99.88), Fashion-MNIST class 0 92.63 (90.89), MNIST class 8 94.93 (95.91): README.md has the commands and more.
-Choices are marked [paper], [ours] where it leaves them open, or cited; README.md lists every difference.
+README.md has what was measured. Choices are marked [paper], [ours] where it leaves them open, or cited.
 """
 import argparse
 import copy
@@ -91,6 +90,9 @@ PER_DATASET = {  # where one differs; widths reach the paper's computation ratio
 }
 
 
+VERSION = 1  # of the files student.pt and teacher.pt
+
+
 class UsageError(ValueError):
     """The command line asks for what does not exist. Exit code 2."""
 
@@ -138,11 +140,6 @@ def read_image(path, size):
         raise RunError(f"{path} cannot be used as an image ({error}): mend or remove it")
 
 
-def to_grey(x):
-    """uint8 (N, 3, h, w) -> (N, 1, h, w), the mean of the channels."""
-    return x.float().mean(1, keepdim=True).round().byte()
-
-
 def load_folder(root, size):
     """As load_images, of root/train/<class>/* and root/test/<class>/*, the layout of MVTec AD. Images have one
     channel if those in train are all grey. Raises RunError with the path at fault."""
@@ -154,7 +151,7 @@ def load_folder(root, size):
     x, x_test = (torch.stack([read_image(path, size) for path, _ in split.samples]) for split in (train, test))
     c, c_test = (torch.tensor([classes.index(split.classes[k]) for k in split.targets]) for split in (train, test))
     if (x == x[:, :1]).all():
-        x, x_test = to_grey(x), to_grey(x_test)
+        x, x_test = x[:, :1], x_test.float().mean(1, keepdim=True).round().byte()
     return x, c, x_test, c_test, classes
 
 
@@ -512,7 +509,7 @@ class Detector(nn.Module):
 def score(g, x):
     """Anomaly scores (N,), float32, of the images x (N, C, size, size) in [-1, 1] by generator g. Each depends on its
     image alone."""
-    return torch.cat([Detector(g.eval())(part) for part in x.split(256)])
+    return torch.cat([Detector(g.eval())(part) for part in x.split(128)])
 
 
 def p_values(scores, calibration):
@@ -532,42 +529,40 @@ def auroc(gan, x_test, y_test):
     return 100 * float(roc_auc_score(y_test, scores))
 
 
-def cost(gan):
-    """(parameters, FLOPs for one image) of a GAN, generator and discriminator together, counted by torch."""
-    fresh, size = GAN(**gan.form), gan.form["size"]
-    with FlopCounterMode(display=False) as counter:
-        for net in (fresh.g, fresh.d):
-            net(torch.zeros(1, gan.form["channels"], size, size))
-    return sum(p.numel() for p in fresh.parameters()), counter.get_total_flops()
-
-
-def microseconds(g, x):
-    """Time to score one of the images x (N, C, size, size) when all are scored at once, on their device."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel("ERROR")  # it may miss a compiler that nobody needs
+def cost(gan, x):
+    """What a GAN costs, by torch's own counter and timer. Generator and discriminator together: params, and flops for
+    one image. To score images like x (N, C, size, size) where they are: MB of weights, and microseconds for an image
+    by itself (us_1) and in a batch of 256 (us_256)."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel("ERROR")  # the timer's import may miss a compiler
     from torch.utils.benchmark import Timer
-    timer = Timer("score(g, x)", globals={"score": score, "g": g, "x": x}, num_threads=torch.get_num_threads())
-    return 1e6 * timer.blocked_autorange(min_run_time=0.5).median / len(x)
+    with FlopCounterMode(display=False) as counter:
+        gan.g(x[:1]), gan.d(x[:1])
+    params_g, params_d = (sum(p.numel() for p in net.parameters()) for net in (gan.g, gan.d))
+    result = {"params": params_g + params_d, "flops": counter.get_total_flops(), "MB": 4e-6 * params_g}
+    for n in (1, 256):
+        timer = Timer("score(g, x)", globals={"score": score, "g": gan.g, "x": x[torch.arange(n) % len(x)]},
+                      num_threads=torch.get_num_threads())
+        result[f"us_{n}"] = 1e6 / n * timer.blocked_autorange(min_run_time=0.2).median
+    return result
 
 
 @torch.inference_mode()
 def save_samples(path, x, y, teacher, student):
-    """A picture of 4 x 8 test images, chosen by the student's score: the highest, anomalies and normal images around
-    their medians, the lowest. Under each what teacher and student make of it."""
-    order = score(student.g, x).argsort(descending=True).cpu()
-    kinds = {"anomalies, median": order[y[order] == 1], "normal, median": order[y[order] == 0]}
-    kinds = {kind: index[max(0, len(index) // 2 - 4):][:8] for kind, index in kinds.items()}
+    """Write a picture of test images x (N, C, size, size): the 8 that the student scores highest, 8 anomalies and 8
+    normal ones in the middle of their kind, the 8 lowest; under each what the teacher and the student make of it."""
+    order = score(student.g, x).cpu().argsort(descending=True)
+    anomalies, normal = (order[y[order] == kind] for kind in (1, 0))
     rows, labels = [], []
-    for kind, index in {"highest scores": order[:8], **kinds, "lowest scores": order[-8:]}.items():
+    for name, index in {"highest scores": order[:8], "anomalies, median": anomalies[max(0, len(anomalies) // 2 - 4):][:8],
+                        "normal, median": normal[max(0, len(normal) // 2 - 4):][:8], "lowest scores": order[-8:]}.items():
         images = x[index.to(x.device)]
         for net, made in ("input", images), ("teacher", teacher.g(images).x_hat), ("student", student.g(images).x_hat):
             rows.append(F.pad(made, (0, 0, 0, 0, 0, 0, 0, 8 - len(made)), value=1))
-            labels.append(f"{kind}: {net}" if net != "input" else f"{kind}: input ({int(y[index].sum())} anomalies)")
+            labels.append(f"{name}: {net}" + f" ({int(y[index].sum())} anomalies)" * (net == "input"))
     grid = torchvision.utils.make_grid(torch.cat(rows), nrow=8, normalize=True, value_range=(-1, 1), pad_value=1)
-    height = 2 * grid.shape[1]
-    picture = Image.new("RGB", (2 * grid.shape[2] + 220, height), "white")
-    picture.paste(TF.to_pil_image(grid).resize((2 * grid.shape[2], height), Image.Resampling.NEAREST), (220, 0))
+    picture = TF.to_pil_image(F.pad(grid, (110, 0), value=1).repeat_interleave(2, 1).repeat_interleave(2, 2))
     for i, label in enumerate(labels):
-        ImageDraw.Draw(picture).text((4, (i + 0.4) * height / len(rows)), label, fill="black")
+        ImageDraw.Draw(picture).text((4, (i + 0.4) * picture.height / len(labels)), label, fill="black")
     picture.save(path)
 
 
@@ -618,21 +613,19 @@ def run(s):
     if s.ablation:  # single step: jointly from random weights, as many updates of the student as both steps
         stage("joint_only", {rival_teacher: lr_teacher, rival: s.lr_student}, both_steps, (rival_teacher, rival))
 
-    nets = {"teacher": teacher, "student": student}
-    params, flops = ({net: cost(gan)[i] for net, gan in nets.items()} for i in (0, 1))
-    slow, fast = ({net: microseconds(gan.g, x_test[torch.arange(batch) % len(x_test)]) for net, gan in nets.items()}
-                  for batch in (1, 256))
-    print("\n| | AUROC % | parameters | FLOPs per image | ratio | us per image, batch 1 | ratio | batch 256 | ratio |\n"
-          "|---|---|---|---|---|---|---|---|---|")
+    costs = {"teacher": cost(teacher, x_test), "student": cost(student, x_test)}
+    columns = {"params": "parameters", "flops": "FLOPs per image", "MB": "MB to score", "us_1": "us per image, batch 1",
+               "us_256": "batch 256"}
+    print("\n| | AUROC % |", " | ".join(f"{name} | ratio" for name in columns.values()), "|\n|" + "---|" * 12)
     for key, value in auc.items():
-        net = "teacher" if key.startswith("teacher") else "student"
-        cells = [f"{of[net]:,.0f} | {of['teacher'] / of[net]:.2f}" for of in (flops, slow, fast)]
-        print(f"| {key.replace('_', ' ')} | {value:.2f} | {params[net]:,} |", " | ".join(cells), "|")
+        mine = costs["teacher" if key.startswith("teacher") else "student"]
+        cells = [f"{mine[c]:,.{2 * (c == 'MB')}f} | {costs['teacher'][c] / mine[c]:.2f}" for c in columns]
+        print(f"| {key.replace('_', ' ')} | {value:.2f} |", " | ".join(cells), "|")
     result = {
         "dataset": s.dataset, "normal": name, "seed": s.seed, "split": "validation" if s.val else "test",
-        "images": {"train": len(x), "test": len(x_test), "anomalies": int(y_test.sum())}, "auroc": auc,
-        "params": params, "flops": flops, "ratio": flops["teacher"] / flops["student"],
-        "microseconds_per_image": {"batch 1": slow, "batch 256": fast},
+        "images": {"train": len(x), "held out": len(x_held), "test": len(x_test), "anomalies": int(y_test.sum())},
+        "auroc": auc, **{c: {net: costs[net][c] for net in costs} for c in columns},
+        "ratio": costs["teacher"]["flops"] / costs["student"]["flops"],
         "images_per_second": speed, "seconds": time.perf_counter() - began, "settings": vars(s),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
         f"{device.type}, {torch.get_num_threads()} threads", "versions": {"python": sys.version.split()[0]}
@@ -640,7 +633,7 @@ def run(s):
     with tempfile.TemporaryDirectory(dir=s.out) as part:  # files appear whole or not at all
         save_samples(Path(part, "samples.png"), x_test, y_test, teacher, student)
         for file, gan in ("teacher.pt", teacher), ("student.pt", student):
-            saved = {"version": 1, "form": gan.form, "weights": gan.cpu().state_dict(), "settings": vars(s),
+            saved = {"version": VERSION, "form": gan.form, "weights": gan.cpu().state_dict(), "settings": vars(s),
                      "calibration": score(gan.g, x_held.cpu()).sort().values}
             write(torch.save, saved, Path(part, file))
         example = torch.zeros(2, *x.shape[1:])
@@ -664,10 +657,10 @@ def write(save, thing, path):
 # ------------------------------------------------------------------------------------- using a trained student
 
 def load_gan(path):
-    """(GAN, its calibration scores) of a student.pt or teacher.pt. Raises RunError if it is none."""
+    """(GAN, calibration scores) of a student.pt or teacher.pt, on the CPU. Raises RunError if it is none."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["version"] > 1:
+        if saved["version"] > VERSION:
             raise ValueError("a newer pkdgan.py wrote it; use that one")
         gan = GAN(**saved["form"])
         gan.load_state_dict(saved["weights"])
@@ -678,35 +671,33 @@ def load_gan(path):
 
 
 def score_files(checkpoint, paths, alpha, device):
-    """Print a line for each image file, in folders too: path, score, p-value and verdict, "anomaly" if p <= alpha.
-    One that cannot be read gets a line on stderr instead; raises RunError at the end if there was any."""
+    """Print a line for each image file, in folders too: path, score, p-value, and "anomaly" if p <= alpha. One that
+    cannot be read gets a line on stderr instead; if there was any, RunError is raised at the end."""
     gan, calibration = load_gan(checkpoint)
-    gan, n, broken = gan.to(device), len(calibration), 0
-    files = [file for path in map(Path, paths) for file in (sorted(
-        file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else [path])]
+    n, broken, gan = len(calibration), 0, gan.to(device)
+    files = [file for path in map(Path, paths) for file in (
+        sorted(f for f in path.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else [path])]
     if (n + 1) * alpha < 1:
-        print(f"pkdgan.py: {n} normal images were held out of the training, too few for a verdict at --alpha {alpha}: "
-              f"train with --holdout so that there are {math.ceil(1 / alpha) - 1 if alpha else 'more'}", file=sys.stderr)
-    print("path\tscore\tp-value\tverdict")
-    for start in range(0, len(files), 256):
-        images, names = [], []
-        for file in files[start:start + 256]:
+        print(f"pkdgan.py: no verdicts at --alpha {alpha}, for {n} normal images were held out of the training (--holdout) "
+              f"and {f'{1 / alpha - 1:.0f} are' if alpha else 'no number is'} needed", file=sys.stderr)
+    print("path\tscore\tp-value\tverdict", flush=True)
+    for start in range(0, len(files), 128):
+        images = {}
+        for file in files[start:start + 128]:
             try:
-                images.append(read_image(file, gan.form["size"]))
-                names.append(file)
+                images[file] = read_image(file, gan.form["size"]).float()
             except RunError as error:
                 print("pkdgan.py:", *str(error).split(), file=sys.stderr)
                 broken += 1
-        if not images:
-            continue
-        x = torch.stack(images)
-        x = (to_grey(x) if gan.form["channels"] == 1 else x).float() / 127.5 - 1
-        scores = score(gan.g, x.to(device)).cpu()
-        for file, value, p in zip(names, scores.tolist(), p_values(scores, calibration).tolist()):
-            verdict = ("anomaly" if p <= alpha else "normal") if (n + 1) * alpha >= 1 else ""
-            print(f"{file}\t{value:.6g}\t{f'{p:.4g}' if n else ''}\t{verdict}", flush=True)
+        if images:
+            x = torch.stack(list(images.values()))
+            x = x.mean(1, keepdim=True).round() if gan.form["channels"] == 1 else x  # as in load_folder
+            scores = score(gan.g, (x / 127.5 - 1).to(device)).cpu()
+            for file, value, p in zip(images, scores.tolist(), p_values(scores, calibration).tolist()):
+                verdict = "" if (n + 1) * alpha < 1 else "anomaly" if p <= alpha else "normal"
+                print(f"{file}\t{value:.5g}\t{f'{p:.4g}' if n else ''}\t{verdict}", flush=True)
     if broken or not files:
-        raise RunError(f"{broken} of {len(files)} images could not be scored" if files else f"no image in {' '.join(paths)}")
+        raise RunError(f"{broken} of {len(files)} images could not be scored" if files else "no image there")
 
 
 def parse(argv=None):

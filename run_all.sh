@@ -61,10 +61,11 @@ def execute(run):
             file.truncate(0)
             subprocess.run([sys.executable, "pkdgan.py", *command[run]], stdin=subprocess.DEVNULL, stdout=file,
                            stderr=file, env=os.environ | {"OMP_NUM_THREADS": str(max(1, cores // jobs))})
+    result, now = results().get(run), time.perf_counter()
     done.append(run)
-    now, result = time.perf_counter(), results().get(run)
-    print(f"[{len(done)}/{len(todo)}] {log[run].stem}:", f"step 2 {result['auroc']['step2']:.2f} %" if result else "FAILED",
-          f"in {now - began:.0f} s, {(now - start) / len(done) * (len(todo) - len(done)) / 60:.0f} min left", flush=True)
+    n, of = len(done), len(todo)
+    print(f"[{n}/{of}] {log[run].stem}:", f"step 2 {result['auroc']['step2']:.2f} %" if result else "FAILED",
+          f"in {now - began:.0f} s, {(now - start) / n * (of - n) / 60:.0f} min left", flush=True)
 
 
 def row(name, group, keys, d):

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ HERE = Path(__file__).parent
 TINY = ["--size", "16", "--teacher-width", "4", "--student-width", "2", "--epochs", "2", "--epochs1", "2", "--epochs2",
         "1", "--normal", "0"]  # digits with these: seconds
 SETTINGS = pk.parse(TINY)
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)  # these nets are too small for more
 
 
@@ -126,9 +128,9 @@ def test_training_passes_return_float32():
 @pytest.mark.parametrize("dataset, ratio", [("cifar10", 24.45), ("mnist", 311.11), ("fmnist", 700)])
 def test_default_widths_reach_the_papers_ratios(dataset, ratio):
     s, channels = pk.parse(["--dataset", dataset]), 3 if dataset == "cifar10" else 1
-    (params_t, flops_t), (params_s, flops_s) = (
-        pk.cost(pk.GAN(s.size, channels, width, s.z_dim)) for width in (s.teacher_width, s.student_width))
-    assert flops_t / flops_s >= ratio and params_t > params_s
+    x = torch.zeros(1, channels, s.size, s.size)
+    teacher, student = (pk.cost(pk.GAN(s.size, channels, width, s.z_dim), x) for width in (s.teacher_width, s.student_width))
+    assert teacher["flops"] / student["flops"] >= ratio and teacher["params"] > student["params"]
 
 
 def test_flops_by_hand():
@@ -137,7 +139,10 @@ def test_flops_by_hand():
     encoder = 2 * 16 * (64 * 1 + 16 * 2) + 2 * 16 * 2 * z          # 1 -> 1 -> 2 -> z
     decoder = 2 * 16 * (z * 2 + 25 * 2 + 81 * 1)                    # z -> 2 -> 1 -> 1, (4 + 1)^2 and (8 + 1)^2 windows
     discriminator = 2 * 16 * (64 * 1 + 16 * 2) + 2 * 16 * 2
-    assert pk.cost(gan(1, size))[1] == 2 * encoder + decoder + discriminator
+    costs = pk.cost(gan(1, size), torch.zeros(300, 1, size, size))
+    assert costs["flops"] == 2 * encoder + decoder + discriminator
+    assert costs["MB"] == 4e-6 * sum(p.numel() for p in gan(1, size).g.parameters())
+    assert 0 < costs["us_256"] < costs["us_1"]  # per image
 
 
 # ------------------------------------------------------------------------- updates: which net, which gradient
@@ -282,7 +287,7 @@ def test_learning_rates_end_near_zero_and_keep_their_ratio(traced):
     lrs = torch.tensor(traced[0]["step2"]["lr"])
     s = SETTINGS
     assert torch.allclose(lrs[:, 0] / lrs[:, 1], torch.tensor(s.lr_teacher * 128 / s.teacher_width / s.lr_student))
-    assert lrs[-1, 1] < 0.2 * lrs[:, 1].max() and lrs.max() <= s.lr_step2 * s.lr_student
+    assert lrs[-1, 1] < 0.2 * lrs[:, 1].max() and lrs[:, 1].max() <= s.lr_step2 * s.lr_student
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the step here updates nothing
@@ -301,7 +306,8 @@ def test_flips_mirror_half_of_the_images():
 def test_result_and_files(traced):
     _, result, out = traced
     folder = out / "digits-3-seed0"
-    assert sorted(file.name for file in folder.iterdir()) == ["result.json", "student.pt", "teacher.pt"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "result.json", "samples.png", "student.pt", "student.pt2", "teacher.pt"]
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
     x, x_test, y_test, _ = pk.load_task(pk.parse([*TINY, "--normal", "3"]), "cpu")
     for file, key in (("student.pt", "step2"), ("teacher.pt", "teacher_step2")):
@@ -497,18 +503,15 @@ def test_default_command(tmp_path):
                           ("step2", s.epochs2)):
         progress = [line for line in done.stdout.splitlines() if re.match(rf"{stage} \d+/{epochs}:", line)]
         assert len(progress) == epochs and all("images/s" in line and "s left" in line for line in progress)
-    assert len(list((tmp_path / "runs").rglob("*.*"))) == 3
+    assert len(list((tmp_path / "runs").rglob("*.*"))) == 5
 
 
 def test_equal_seeds_give_equal_results(tmp_path):
-    results = []
-    for run, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        done = command(*TINY, "--normal", "3", "--seed", seed, "--out", run, cwd=tmp_path)
-        results.append(json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT ")))
-    a, b, c = ([r["auroc"], r["flops"]] for r in results)
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(lambda run: command(*TINY, "--normal", "3", "--seed", run[1], "--out", run, cwd=tmp_path), ("a0", "b0", "c1"))
+    a, b, c = (json.loads(d.stdout.splitlines()[-1].removeprefix("RESULT "))["auroc"] for d in done)
     assert a == b and a != c
-    states = [torch.load(tmp_path / run / "digits-3-seed0" / "student.pt", weights_only=True)["weights"] for run in "ab"]
-    assert same(*states)
+    assert same(*(torch.load(tmp_path / run / "digits-3-seed0" / "student.pt", weights_only=True)["weights"] for run in ("a0", "b0")))
 
 
 def bad_folder(root, part):
@@ -526,7 +529,7 @@ def bad_folder(root, part):
         (root / part).rmdir()
 
 
-@pytest.mark.parametrize("code, words, flags", [
+BAD_INPUT = [  # exit code, words of the message, flags
     (2, ["nosuch", "digits", "mnist", "fmnist", "cifar10", "folder"], ["--dataset", "nosuch"]),
     (2, ["cat", "0", "9"], ["--normal", "cat"]),
     (2, ["10", "0", "9"], ["--normal", "10"]),
@@ -550,20 +553,33 @@ def bad_folder(root, part):
     (1, ["bad 16 bits/train/good/1.png", "8 bits"], ["--dataset", "folder", "--data", "bad 16 bits"]),
     (1, ["teacher, epoch 1", "NaN or Inf", "learning rates"], ["--lr-teacher", "1e9"]),
     (1, ["cannot write", "--out"], ["--out", "a file"]),
-])
-def test_bad_input_gets_one_clear_line(code, words, flags, tmp_path):
-    make_folder(tmp_path / "folder")
+    (2, ["--holdout 1"], ["--holdout", "1"]),
+    (1, ["missing.pt", "No such file"], ["--score", "missing.pt", "folder"]),
+]
+
+
+@pytest.fixture(scope="module")
+def bad_input(tmp_path_factory):
+    """A folder, and what became of each command line of BAD_INPUT in it, two at a time."""
+    root = tmp_path_factory.mktemp("bad")
+    make_folder(root / "folder")
     for part in ("test", "image", "truncated", "16 bits"):
-        bad_folder(tmp_path / (f"without {part}" if part == "test" else f"bad {part}"), part)
+        bad_folder(root / (f"without {part}" if part == "test" else f"bad {part}"), part)
     for split in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
-            write_idx(tmp_path / "broken" / "MNIST" / "raw" / f"{split}-{kind}-ubyte", torch.zeros(5, 2, 2, dtype=torch.uint8))
-    (tmp_path / "a file").write_text("")
-    done = command("--size", "16", *flags, cwd=tmp_path)
-    assert done.returncode == code
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("pkdgan.py: "), done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
-    assert not [f for f in tmp_path.glob("runs/*/*")] and not list((tmp_path / "empty").glob("*"))
+            write_idx(root / "broken" / "MNIST" / "raw" / f"{split}-{kind}-ubyte", torch.zeros(5, 2, 2, dtype=torch.uint8))
+    (root / "a file").write_text("")
+    with ThreadPoolExecutor(2) as pool:
+        return root, list(pool.map(lambda case: command("--size", "16", *case[2], cwd=root), BAD_INPUT))
+
+
+@pytest.mark.parametrize("case", range(len(BAD_INPUT)), ids=lambda case: " ".join(BAD_INPUT[case][2]))
+def test_bad_input_gets_one_clear_line(case, bad_input):
+    (code, words, _), (root, done) = BAD_INPUT[case], bad_input
+    assert done[case].returncode == code
+    stderr = done[case].stderr
+    assert len(stderr.splitlines()) == 1 and stderr.startswith("pkdgan.py: ") and all(word in stderr for word in words), stderr
+    assert not [f for f in root.glob("runs/*/*")] and not list((root / "empty").glob("*"))
 
 
 def test_batch_larger_than_the_training_set_is_said(tmp_path):
@@ -590,13 +606,158 @@ def test_ctrl_c_leaves_no_half_written_file(tmp_path):
     assert [f for f in (tmp_path / "runs").rglob("*") if f.is_file()] == []
 
 
+# ------------------------------------------------------------------------------------- using a trained student
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on digits that holds images out: (its folder, the images trained on, x_test, y_test)."""
+    out, seen, fit = tmp_path_factory.mktemp("trained"), [], pk.fit
+
+    def spy(stage, rates, x, *rest, **how):
+        seen.append(x)
+        return fit(stage, rates, x, *rest, **how)
+
+    s = pk.parse([*TINY, "--holdout", "0.4", "--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pk, "fit", spy)
+        pk.run(s)
+    _, x_test, y_test, _ = pk.load_task(s, "cpu")
+    assert len(seen) == 4 and all(torch.equal(x, seen[0]) for x in seen)
+    return out / "digits-0-seed0", seen[0], x_test, y_test
+
+
+def png(path, x):
+    """Write an image (1, h, w) in [-1, 1]."""
+    torchvision.transforms.functional.to_pil_image((x + 1) / 2).save(path)
+    return str(path)
+
+
+def scored(stdout):
+    """The lines of --score as lists."""
+    header, *lines = stdout.splitlines()
+    assert header == "path\tscore\tp-value\tverdict"
+    return [line.split("\t") for line in lines]
+
+
+def test_p_values_by_hand():
+    calibration = tensor(1., 2., 2., 3.)
+    p = pk.p_values(tensor(0., 1., 1.5, 2., 3., 3.5), calibration)
+    assert torch.allclose(p, tensor(5., 5., 4., 4., 2., 1.) / 5)
+    assert pk.p_values(tensor(2.5), tensor(1., 2., 3.)) == 0.5 and pk.p_values(tensor(7.), torch.zeros(0)) == 1
+
+
+def test_calibration_images_are_not_trained_on(trained):
+    folder, x_seen, *_ = trained
+    x, *_ = pk.load_task(SETTINGS, "cpu")
+    seen = {image.numpy().tobytes() for image in x_seen}
+    held = torch.stack([image for image in x if image.numpy().tobytes() not in seen])
+    assert len(held) == int(0.4 * len(x)) and len(held) + len(seen) == len(x)
+    for file in ("student.pt", "teacher.pt"):
+        net, calibration = pk.load_gan(folder / file)
+        assert torch.equal(calibration, calibration.sort().values)
+        assert torch.allclose(calibration, pk.score(net.g, held).sort().values, rtol=1e-4)
+    assert [pk.parse(["--dataset", name]).holdout for name in ("mnist", "folder")] == [0, 0.1]
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.2, 0.5])
+def test_false_alarms_stay_within_alpha(alpha, trained):
+    folder, _, x_test, y_test = trained
+    net, calibration = pk.load_gan(folder / "student.pt")
+    p = pk.p_values(pk.score(net.g, x_test), calibration)
+    alarms, n = p[y_test == 0] <= alpha, len(calibration)
+    deviation = (alpha * (1 - alpha) * (1 / len(alarms) + 1 / n)) ** 0.5  # the promise is of the mean over calibrations
+    assert alarms.float().mean() <= alpha + 3 * deviation
+    assert (p[y_test == 1] <= alpha).float().mean() > 0.5 > alarms.float().mean() - alpha  # not vacuous
+
+
+def test_scores_of_a_thousand_images_and_a_broken_one(trained, tmp_path):
+    folder, _, x_test, _ = trained
+    (tmp_path / "in").mkdir()
+    for i in range(1000):
+        png(tmp_path / "in" / f"{i:04}.png", x_test[i % len(x_test)])
+    (tmp_path / "in" / "0500.png").write_bytes(b"no image")
+    alone = png(tmp_path / "x.png", x_test[7])
+    done = command("--score", str(folder / "student.pt"), "in", alone, "--alpha", "0.1", cwd=tmp_path)
+    assert done.returncode == 1
+    assert [line.partition(" cannot")[0] for line in done.stderr.splitlines()] == [
+        "pkdgan.py: in/0500.png", "pkdgan.py: 1 of 1001 images could not be scored"]
+    lines = scored(done.stdout)
+    assert [line[0] for line in lines] == [f"in/{i:04}.png" for i in range(1000) if i != 500] + [alone]
+    net, calibration = pk.load_gan(folder / "student.pt")
+    for path, value, p, verdict in lines[:40] + lines[-1:]:
+        x = pk.read_image(tmp_path / path, 16)[None].float().mean(1, keepdim=True) / 127.5 - 1
+        by_itself = pk.score(net.g, x)
+        assert float(value) == pytest.approx(by_itself.item(), rel=1e-4)
+        assert float(p) == pytest.approx(((calibration >= by_itself).sum() + 1).item() / (len(calibration) + 1), abs=1e-4)
+        assert verdict == ("anomaly" if float(p) <= 0.1 else "normal")
+    assert lines[-1][1:] == lines[7][1:] and len({line[1] for line in lines}) > 500
+
+
+def test_score_without_held_out_images_says_so(traced, tmp_path, capsys):
+    x, *_ = pk.load_task(SETTINGS, "cpu")
+    student = traced[2] / "digits-3-seed0" / "student.pt"
+    assert pk.main(["--score", str(student), png(tmp_path / "a.png", x[0])]) == 0
+    out, err = capsys.readouterr()
+    assert scored(out)[0][2:] == ["", ""] and len(err.splitlines()) == 1 and "--holdout" in err and "19" in err
+    assert pk.main(["--score", str(student)]) == 1 and "no image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("channels, mode", [(1, "RGB"), (3, "L"), (3, "RGBA")])
+def test_score_adapts_images_as_training_does(channels, mode, tmp_path, capsys):
+    net = gan(2, 16, channels)
+    torch.save({"version": pk.VERSION, "form": net.form, "weights": net.state_dict(), "calibration": torch.arange(99.)},
+               tmp_path / "student.pt")
+    Image.new(mode, (40, 30), 200 if mode == "L" else (200,) * len(mode)).save(tmp_path / "a.png")
+    assert pk.main(["--score", str(tmp_path / "student.pt"), str(tmp_path / "a.png")]) == 0
+    x = torch.full((1, channels, 16, 16), 200 / 127.5 - 1)
+    assert float(scored(capsys.readouterr().out)[0][1]) == pytest.approx(pk.score(net.g, x).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind, word", [("foreign", "KeyError"), ("text", "student.pt"), ("cut short", "student.pt"),
+                                        ("newer", "newer"), ("a pickled object", "student.pt")])
+def test_checkpoint_that_is_none(kind, word, trained, tmp_path, capsys):
+    path, whole = tmp_path / "file.pt", (trained[0] / "student.pt").read_bytes()
+    saved = torch.load(trained[0] / "student.pt", weights_only=True)
+    content = {"foreign": {"weights": 1}, "newer": saved | {"version": pk.VERSION + 1}}
+    if kind in content:
+        torch.save(content[kind] if kind != "a pickled object" else argparse.Namespace(a=1), path)
+    else:
+        path.write_bytes(b"text" if kind == "text" else whole[:len(whole) // 2])
+    assert pk.main(["--score", str(path), "x.png"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "file.pt" in err and word in err and len(err) < 300
+
+
+def test_exported_student_needs_torch_alone(trained, tmp_path):
+    folder, _, x_test, _ = trained
+    torch.save(x_test[:300], tmp_path / "x.pt")
+    code = ("import sys, torch; d = torch.export.load(sys.argv[1]).module(); x = torch.load('x.pt'); "
+            "torch.save([d(x), d(x[:1]), d(x[:7])], 'scores.pt'); assert 'pkdgan' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code, folder / "student.pt2"], cwd=tmp_path, check=True, env=ENVIRONMENT)
+    expected = pk.score(pk.load_gan(folder / "student.pt")[0].g, x_test[:300])
+    for scores in torch.load(tmp_path / "scores.pt"):
+        assert torch.allclose(scores, expected[:len(scores)], rtol=1e-5, atol=1e-5)
+
+
+def test_samples_show_what_they_say(trained):
+    folder, _, x_test, y_test = trained
+    student, teacher = (pk.load_gan(folder / file)[0].g for file in ("student.pt", "teacher.pt"))
+    order = pk.score(student, x_test).argsort(descending=True)
+    anomalies, normal = order[y_test[order] == 1], order[y_test[order] == 0]
+    picture = torchvision.transforms.functional.pil_to_tensor(Image.open(folder / "samples.png"))[0, ::2, ::2] / 127.5 - 1
+    cell, left = 16 + 2, 110
+    for group, index in enumerate((order[:8], anomalies[len(anomalies) // 2 - 4:][:8], normal[len(normal) // 2 - 4:][:8],
+                                   order[-8:])):
+        for row, images in enumerate((x_test[index], teacher(x_test[index]).x_hat, student(x_test[index]).x_hat)):
+            for k in range(8):
+                top, start = 2 + (3 * group + row) * cell, left + 2 + k * cell
+                assert torch.allclose(picture[top:top + 16, start:start + 16], images[k, 0], atol=0.02)
+
+
 # ---------------------------------------------------------------------------------------------- run_all.sh
 
 FAST = ["--size", "16", "--teacher-width", "4", "--student-width", "2", "--epochs", "1", "--epochs1", "1", "--epochs2",
         "1"]
-
-
-ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
 def run_all(out, *flags, start=subprocess.run, **variables):
