@@ -303,6 +303,14 @@ def test_flips_mirror_half_of_the_images():
     assert set(kinds) == {1, -1} and 60 < kinds.count(-1) < 140
 
 
+def test_few_images_of_a_folder_make_longer_epochs(tmp_path, monkeypatch, capsys):
+    root, seen = make_folder(tmp_path / "parts"), []
+    monkeypatch.setattr(pk, "fit", lambda stage, rates, x, *_, **how: seen.append(x) or 1.0)
+    result = pk.run(pk.parse([*TINY[:6], "--dataset", "folder", "--data", str(root), "--out", str(tmp_path / "runs")]))
+    assert result["images"]["train"] == 3 and "3 training images, 1333 times an epoch" in capsys.readouterr().out
+    assert [len(x) for x in seen] == [3999] * 4 and torch.equal(seen[0][:3], seen[0][-3:])
+
+
 def test_result_and_files(traced):
     _, result, out = traced
     folder = out / "digits-3-seed0"
