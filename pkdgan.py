@@ -26,6 +26,7 @@ anomaly score. Four stages, each evaluated after its last epoch:
 Choices are marked [paper], [ours] where it leaves them open, or cited. README.md has the figures.
 """
 import argparse
+import contextlib
 import copy
 import io
 import json
@@ -44,15 +45,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
-from sklearn.datasets import load_digits
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import train_test_split
+from sklearn import datasets, metrics, model_selection
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
 # ------------------------------------------------------------------------------------------------ settings
-
 SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teacher-width for teacher_width
     "dataset": ("digits", "digits, mnist, fmnist, cifar10 or folder"),
     "normal": ("0", "the normal class, by index or name"),
@@ -73,7 +71,7 @@ SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teac
     "epochs2": (4, "epochs of step 2; the student alone gets epochs1 + epochs2"),
     "lr_teacher": (1e-4, "learning rate of a teacher of width 128; of another's, in inverse proportion to the width"),
     "lr_student": (2e-3, "learning rate of the student"),
-    "lr_step2": (0.2, "both learning rates in step 2, as a share of the above; 0.5 for the student undid step 1"),
+    "lr_step2": (0.2, "both learning rates in step 2, as a share of the above; 0.5 undid the student's step 1"),
     "w_adv": (1.0, "weight of a GAN's adversarial loss"),
     "w_con": (1.0, "weight of a GAN's contextual loss; 10 on digits and MNIST"),
     "w_lat": (1.0, "weight of a GAN's latent loss"),
@@ -88,8 +86,6 @@ PER_DATASET = {  # where one differs; widths reach the paper's computation ratio
     "mnist": dict(student_width=6, w_con=10.0, flip=False),
     "fmnist": dict(student_width=3), "cifar10": {}, "folder": dict(holdout=0.1),
 }
-
-
 VERSION = 1  # of the files student.pt and teacher.pt
 
 
@@ -102,7 +98,6 @@ class RunError(RuntimeError):
 
 
 # ---------------------------------------------------------------------------------------------------- data
-
 TORCHVISION = {  # name: (class, its files under --data)
     "mnist": (torchvision.datasets.MNIST, "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"),
     "fmnist": (torchvision.datasets.FashionMNIST, "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"),
@@ -111,8 +106,7 @@ TORCHVISION = {  # name: (class, its files under --data)
 
 
 def load_torchvision(dataset, root):
-    """torchvision's (training, test) split of mnist, fmnist or cifar10 under the Path `root`, downloaded if
-    absent. Raises RunError if it is absent and cannot be downloaded, or is broken."""
+    """torchvision's (training, test) split of `dataset` under the Path root, downloaded if absent. Raises RunError."""
     cls, files = TORCHVISION[dataset]
     folder = files.split("/")[0]
     try:
@@ -121,7 +115,7 @@ def load_torchvision(dataset, root):
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root) as part:  # Ctrl-C leaves nothing half-written
                 cls(part, download=True)
-                if not (root / folder).exists():  # another run may have been faster
+                with contextlib.suppress(OSError):  # another run was faster
                     Path(part, folder).replace(root / folder)
         return cls(root, train=True), cls(root, train=False)
     except Exception as error:  # torchvision raises all sorts: no network, a missing file, broken bytes
@@ -133,7 +127,7 @@ def read_image(path, size):
     """An image file as uint8 (3, size, size). Raises RunError with the path if it cannot be used."""
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":  # Pillow would clip these to 255
+            if image.mode[0] in "IF":  # Pillow would clip these to 255; colour it scales
                 raise ValueError("it has more than 8 bits a channel")
             return TF.resize(TF.pil_to_tensor(image.convert("RGB")), [size, size])
     except Exception as error:  # decoders raise all sorts on broken bytes
@@ -161,24 +155,22 @@ def load_images(dataset, root, size):
     if dataset == "folder":
         return load_folder(Path(root), size)
     if dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
-        digits = load_digits()
-        x, x_test, c, c_test = train_test_split((digits.images * (255 / 16)).round().astype("uint8"), digits.target,
-                                                test_size=1 / 3, stratify=digits.target, random_state=0)
+        digits = datasets.load_digits()
+        x, x_test, c, c_test = model_selection.train_test_split(  # of grey levels 0 to 16
+            (digits.images * (255 / 16)).round().astype("uint8"), digits.target, test_size=1 / 3,
+            stratify=digits.target, random_state=0)
     else:
         train, test = load_torchvision(dataset, Path(root))
         x, x_test, c, c_test = train.data, test.data, train.targets, test.targets
     classes = train.classes if dataset in ("fmnist", "cifar10") else list("0123456789")
     x, x_test, c, c_test = map(torch.as_tensor, (x, x_test, c, c_test))
-    x, x_test = (t[:, None] if t.ndim == 3 else t.permute(0, 3, 1, 2) for t in (x, x_test))
-    x, x_test = (TF.resize(t, [size, size]) for t in (x, x_test))
+    x, x_test = (TF.resize(t[:, None] if t.ndim == 3 else t.permute(0, 3, 1, 2), [size, size]) for t in (x, x_test))
     return x, c, x_test, c_test, classes
 
 
 def one_class_split(x, c, x_test, c_test, normal, val=False):
-    """The one-class task of class index `normal`: (x_train, x_test, y_test), y = 1 for an anomaly.
-
-    x_train is the normal class of the training split, x_test the whole test split, as is usual. With `val` a tenth of
-    the training split, always the same, is held out and evaluated instead: settings are chosen there."""
+    """The one-class task of class index `normal`: (x_train, x_test, y_test), its training images and the whole test
+    split, y = 1 for an anomaly. With `val` a fixed tenth of the training split is held out and evaluated instead."""
     if val:
         held = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) < len(x) // 10  # a tenth are True
         x, c, x_test, c_test = x[~held], c[~held], x[held], c[held]
@@ -207,8 +199,7 @@ def load_task(s, device):
 # would compute just this. There are no running statistics, and an image's score cannot depend on its batch.
 
 def stage_widths(size, width):
-    """Channels of the stages that halve size x size down to 4 x 4, doubling from `width` up to 8 times it as in
-    DCGAN (Radford et al. 2016): stage_widths(32, 128) = [128, 256, 512]."""
+    """Channels of the stages down to 4 x 4, doubling up to 8 times (DCGAN): stage_widths(32, 128) = [128, 256, 512]."""
     return [width * 2 ** min(i, 3) for i in range(int(math.log2(size)) - 2)]
 
 
@@ -277,7 +268,6 @@ class Generated(NamedTuple):
 
 class Generator(nn.Module):
     """Encoder-decoder-encoder x -> z -> x_hat -> z_hat [paper], as in GANomaly (Akcay et al. 2018).
-
     Codes lie on the sphere of radius sqrt(z_dim) [ours]: without it the latent loss falls when both codes merely
     shrink, and a score depends on the norms of the codes as much as on their disagreement."""
 
@@ -312,51 +302,44 @@ class GAN(nn.Module):
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
         self.form = dict(size=size, channels=channels, width=width, z_dim=z_dim)  # GAN(**form) rebuilds it
-        self.g = Generator(size, channels, width, z_dim)
-        self.d = Discriminator(size, channels, width, z_dim=1)
+        self.g, self.d = Generator(**self.form), Discriminator(**self.form | {"z_dim": 1})
 
 
 # -------------------------------------------------------------------------------------------------- losses
 # E[] is the mean over images and elements, so that a weight means the same at any size.
 
 def discriminator_loss(logit_real, logit_fake):
-    """Binary cross-entropy (Goodfellow et al. 2014) on a discriminator's logits (B,):
-        L_D = -1/2 E[log sigmoid(D(real))] - 1/2 E[log(1 - sigmoid(D(fake)))]
+    """L_D = -1/2 E[log sigmoid(D(real))] - 1/2 E[log(1 - sigmoid(D(fake)))] of logits (B,) (Goodfellow et al. 2014).
     By hand: discriminator_loss([0.], [0.]) = -log(1/2) = 0.6931"""
     return (F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()) / 2
 
 
 def adversarial_loss(f_x, f_x_hat):
-    """Feature matching (Salimans et al. 2016): D's features f find in x_hat what they find in x.
-        L_adv = E[(f(x) - f(x_hat))^2]
+    """L_adv = E[(f(x) - f(x_hat))^2], f are D's features: feature matching (Salimans et al. 2016).
     By hand: adversarial_loss([1., 2.], [1., 0.]) = (0 + 4) / 2 = 2"""
     return F.mse_loss(f_x_hat, f_x)
 
 
 def contextual_loss(x, x_hat):
-    """The reconstruction is the image.
-        L_con = E[|x - x_hat|]
+    """L_con = E[|x - x_hat|]: the reconstruction is the image.
     By hand: contextual_loss([1., -1.], [0., 1.]) = (1 + 2) / 2 = 1.5"""
     return F.l1_loss(x_hat, x)
 
 
 def latent_loss(z, z_hat):
-    """The two codes of a normal image agree.
-        L_lat = E[(z - z_hat)^2]
+    """L_lat = E[(z - z_hat)^2]: the two codes of a normal image agree.
     By hand: latent_loss([1., 1.], [0., -1.]) = (1 + 4) / 2 = 2.5"""
     return F.mse_loss(z_hat, z)
 
 
 def attention_map(stage):
-    """Where a stage (B, channels, h, w) responds, (B, h * w), comparable at any number of channels.
-        Q = A / ||A||_2,  A = mean over channels of stage^2        (Zagoruyko and Komodakis 2017)
-    By hand, of the two 1 x 2 channels [1, 2] and [1, 0]: A = [1, 2], Q = [1, 2] / sqrt(5)"""
+    """Q = A / ||A||_2 (B, h * w), A = mean over channels of stage^2 (Zagoruyko and Komodakis 2017): where a stage
+    (B, channels, h, w) responds. By hand, of two 1 x 2 channels [1, 2] and [1, 0]: A = [1, 2], Q = [1, 2] / sqrt(5)"""
     return F.normalize(stage.float().square().mean(1).flatten(1))
 
 
 def intermediate_distillation_loss(stages_t, stages_s, x_hat_t, x_hat_s):
-    """The student's stages respond where the teacher's do, and its reconstruction is the teacher's.
-        L_inter = mean over stages of E over images of ||Q_t - Q_s||_2^2  +  E[|x_hat_t - x_hat_s|]
+    """L_inter = mean over stages of E over images of ||Q_t - Q_s||_2^2  +  E[|x_hat_t - x_hat_s|]
     By hand, with one stage, Q_t = [1, 0], Q_s = [0, 1], x_hat_t = [1.], x_hat_s = [0.5]: 2 + 0.5 = 2.5"""
     maps = [(attention_map(t) - attention_map(s)).square().sum(1).mean()
             for t, s in zip(stages_t, stages_s, strict=True)]
@@ -364,21 +347,18 @@ def intermediate_distillation_loss(stages_t, stages_s, x_hat_t, x_hat_s):
 
 
 def latent_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
-    """The student's codes are the teacher's.
-        L_latent = E[(z_t - z_s)^2] + E[(z_hat_t - z_hat_s)^2]
+    """L_latent = E[(z_t - z_s)^2] + E[(z_hat_t - z_hat_s)^2]: the student's codes are the teacher's.
     By hand: latent_distillation_loss([1.], [0.], [1.], [3.]) = 1 + 4 = 5"""
     return F.mse_loss(z_s, z_t) + F.mse_loss(z_hat_s, z_hat_t)
 
 
 def adversarial_distillation_loss(f_t, f_s):
-    """The student's D, which tells x_hat_t (real) from x_hat_s (fake), finds in both the same features f.
-        L_adv_kd = E[(f(x_hat_t) - f(x_hat_s))^2]
+    """L_adv_kd = E[(f(x_hat_t) - f(x_hat_s))^2], f of the student's D, which tells x_hat_t (real) from x_hat_s (fake).
     By hand: adversarial_distillation_loss([1., 2.], [0., 2.]) = (1 + 0) / 2 = 0.5"""
     return F.mse_loss(f_s, f_t)
 
 
 # ------------------------------------------------------------------------------------------------ training
-
 @lru_cache
 def native_bf16(device_type):
     """Whether the device, "cpu", "cuda" or "mps", has bfloat16 in hardware, so that it pays; not asked of MPS."""
@@ -404,7 +384,6 @@ def update(loss, optimizer):
 
 def train_step(x, trained, pair, own, opt_d, opt_g, s):
     """One update of the discriminators, then one of the generators, on the batch x (B, C, size, size).
-
     trained: the GANs to update; own: whether they have GAN losses of their own; pair: (teacher, student) for
     distillation, or (). Distillation moves the student only [ours]: a teacher that its gradient reached could
     lower the loss by becoming as poor as the student. Returns what to log, {name: scalar}: loss_D and loss_G sum
@@ -448,22 +427,16 @@ def train_step(x, trained, pair, own, opt_d, opt_g, s):
 
 
 def fit(stage, rates, x, epochs, s, pair=(), own=True, first_epoch=0):
-    """Train the GANs in rates, {GAN: learning rate}, and no others, on the images x (N, C, size, size). For pair
-    and own see train_step. Returns images per second; raises RunError if a loss is not finite.
-
-    The order of the images and which are mirrored come from s.seed and the number of the epoch alone: stages
-    that count from the same first_epoch see the same batches."""
+    """Train the GANs in rates, {GAN: learning rate}, and no others, on images x (N, C, size, size); pair and own as in
+    train_step. Returns images per second; raises RunError if a loss is not finite. Batches and mirroring come from
+    s.seed and the epoch's number alone: stages that count from the same first_epoch see the same batches."""
     opt_d, opt_g = (torch.optim.Adam(
         [{"params": getattr(gan, net).parameters(), "lr": lr} for gan, lr in rates.items()],
         betas=(0.5, 0.999), fused=x.device.type != "mps") for net in ("d", "g"))  # DCGAN's betas
     updates = epochs * math.ceil(len(x) / s.batch)
     warmup = min(100, math.ceil(updates / 10))
-
-    def factor(i):
-        """Of the learning rate at update i: a warm-up, then a cosine to 0, so that the last epoch is settled."""
-        return min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * i / updates)) / 2
-
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, factor) for opt in (opt_d, opt_g)]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(  # a warm-up, then a cosine to 0, so that the last epoch is settled
+        opt, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * i / updates)) / 2) for opt in (opt_d, opt_g)]
     for gan in rates:
         gan.train()
     live, start = sys.stdout.isatty(), time.perf_counter()
@@ -491,39 +464,33 @@ def fit(stage, rates, x, epochs, s, pair=(), own=True, first_epoch=0):
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
-
-class Detector(nn.Module):
-    """What is deployed: images x (N, C, size, size) in [-1, 1] -> anomaly scores (N,)."""
-
-    def __init__(self, g):
-        super().__init__()
-        self.g = g
+class Detector(nn.Sequential):
+    """Detector(g) is what is deployed: images x (N, C, size, size) in [-1, 1] -> anomaly scores (N,)."""
 
     def forward(self, x):
         """||z - z_hat||_2 [paper] of each image, from 0 to 2 sqrt(z_dim), higher is more anomalous."""
-        out = self.g(x)
+        out = super().forward(x)  # what the generator makes of it
         return (out.z - out.z_hat).norm(dim=1)
 
 
 @torch.inference_mode()
 def score(g, x):
-    """Anomaly scores (N,), float32, of the images x (N, C, size, size) in [-1, 1] by generator g. Each depends on its
-    image alone."""
+    """Anomaly scores (N,), float32, of images x (N, C, size, size) in [-1, 1] by generator g, put into eval mode. Each
+    depends on its image alone."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 on CUDA too
     detector = Detector(g.eval())
-    torch.backends.mkldnn.set_flags(len(x) > 1)  # a single image is not worth oneDNN's preparations
+    onednn, *_ = torch.backends.mkldnn.set_flags(len(x) > 1)  # a single image is not worth its preparations
     try:
-        return torch.cat([detector(part) for part in x.split(128)])
+        return torch.cat([detector(part) for part in x.split(128)])  # 128 at a time stay in a CPU's cache
     finally:
-        torch.backends.mkldnn.set_flags(True)
+        torch.backends.mkldnn.set_flags(onednn)
 
 
 def p_values(scores, calibration):
-    """Conformal p-values (Vovk et al. 2005, Bates et al. 2023) of scores (N,), given the sorted scores (n,) of normal
-    images that nothing was trained on:
-        p = (1 + number of calibration scores >= score) / (n + 1)
-    A normal image has p <= alpha with a probability of at most alpha.
-    By hand: p_values([2.5], [1., 2., 3.]) = (1 + 1) / (3 + 1) = 0.5"""
-    return (1 + len(calibration) - torch.searchsorted(calibration, scores)) / (len(calibration) + 1)
+    """p = (1 + number of calibration scores >= score) / (n + 1), conformal (Vovk et al. 2005, Bates et al. 2023), of
+    scores (N,), given the sorted scores (n,) of normal images that nothing was trained on. A normal image has
+    p <= alpha with a probability of at most alpha. By hand: p_values([2.5], [1., 2., 3.]) = (1 + 1) / (3 + 1) = 0.5"""
+    return (1 + len(calibration) - torch.searchsorted(calibration, scores)).double() / (len(calibration) + 1)
 
 
 def auroc(gan, x_test, y_test):
@@ -531,7 +498,7 @@ def auroc(gan, x_test, y_test):
     scores = score(gan.g, x_test).cpu()
     if not scores.isfinite().all():
         raise RunError("NaN or Inf in the scores; lower the learning rates")
-    return 100 * float(roc_auc_score(y_test, scores))
+    return 100 * float(metrics.roc_auc_score(y_test, scores))
 
 
 def cost(gan, x):
@@ -552,32 +519,30 @@ def cost(gan, x):
 
 
 @torch.inference_mode()
-def save_samples(path, x, y, teacher, student):
-    """Write a picture of test images x (N, C, size, size): the 8 that the student scores highest, 8 anomalies and 8
-    normal ones in the middle of their kind, the 8 lowest; under each what the teacher and the student make of it."""
+def save_samples(file, x, y, teacher, student):
+    """Write to file a picture of test images x (N, C, size, size): the 8 that the student scores highest, 8 anomalies
+    and 8 normal ones in the middle of their kind, the 8 lowest; under each what teacher and student make of it."""
     order = score(student.g, x).cpu().argsort(descending=True)
-    anomalies, normal = (order[y[order] == kind] for kind in (1, 0))
+    anomalies, normal = (kind[max(0, len(kind) // 2 - 4):][:8] for kind in (order[y[order] == 1], order[y[order] == 0]))
+    groups = {"highest": order[:8], "anomalies, median": anomalies, "normal, median": normal, "lowest": order[-8:]}
     rows, labels = [], []
-    for name, index in {"highest scores": order[:8], "anomalies, median": anomalies[max(0, len(anomalies) // 2 - 4):][:8],
-                        "normal, median": normal[max(0, len(normal) // 2 - 4):][:8], "lowest scores": order[-8:]}.items():
+    for name, index in groups.items():
         images = x[index.to(x.device)]
         for net, made in ("input", images), ("teacher", teacher.g(images).x_hat), ("student", student.g(images).x_hat):
             rows.append(F.pad(made, (0, 0, 0, 0, 0, 0, 0, 8 - len(made)), value=1))
-            labels.append(f"{name}: {net}" + f" ({int(y[index].sum())} anomalies)" * (net == "input"))
+            labels.append(f"{name} score: {net}" + f" ({int(y[index].sum())} anomalies)" * (net == "input"))
     grid = torchvision.utils.make_grid(torch.cat(rows), nrow=8, normalize=True, value_range=(-1, 1), pad_value=1)
     picture = TF.to_pil_image(F.pad(grid, (110, 0), value=1).repeat_interleave(2, 1).repeat_interleave(2, 2))
     for i, label in enumerate(labels):
         ImageDraw.Draw(picture).text((4, (i + 0.4) * picture.height / len(labels)), label, fill="black")
-    picture.save(path)
+    picture.save(file, "png")
 
 
 # ----------------------------------------------------------------------------------------------------- run
-
 def run(s):
     """The whole method on the task that the settings name: train, evaluate, print, write; returns the result.
     result.json, student.pt and teacher.pt, as step 2 left them, go to a folder of this task in s.out."""
     began, device = time.perf_counter(), torch.device(s.device)
-    torch.backends.cudnn.allow_tf32 = False  # scores are float32 on CUDA too
     x, x_test, y_test, name = load_task(s, device)
     held = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) < int(s.holdout * len(x))
     x, x_held = x[~held], x[held]  # calibration takes normal images that no net has seen
@@ -586,17 +551,12 @@ def run(s):
     folder = Path(s.out, task)
     folder.mkdir(parents=True, exist_ok=True)  # now, rather than fail after the training
     times = max(1, 4000 // len(x)) if s.dataset == "folder" else 1  # the epochs were chosen for as many images
-    print(f"{task}: {len(x)} training images{f', {times} times an epoch' if times > 1 else ''}, {len(x_held)} held out, "
-          f"{len(x_test)} {'validation' if s.val else 'test'} images, {int(y_test.sum())} of these anomalies, on {device}",
+    print(f"{task}: training images {len(x)}{f', {times} times an epoch' * (times > 1)}, held out {len(x_held)}, "
+          f"{'validation' if s.val else 'test'} {len(x_test)}, of these anomalies {int(y_test.sum())}; on {device}",
           flush=True)
     x = x.repeat(times, 1, 1, 1)
     if s.batch > len(x):
         print(f"--batch {s.batch} is more than the {len(x)} training images: one update an epoch, with all of them")
-
-    def new_gan(width):
-        """A GAN whose initial weights depend on the seed and the width alone."""
-        torch.manual_seed(s.seed)
-        return GAN(s.size, x.shape[1], width, s.z_dim).to(device)
 
     auc, speed, both_steps = {}, {}, s.epochs1 + s.epochs2
 
@@ -605,7 +565,10 @@ def run(s):
         speed[key] = fit(key.replace("_", " "), rates, x, epochs, s, pair, **how)
         auc[key] = auroc(list(rates)[-1], x_test, y_test)
 
-    teacher, student = new_gan(s.teacher_width), new_gan(s.student_width)
+    torch.manual_seed(s.seed)
+    teacher = GAN(s.size, x.shape[1], s.teacher_width, s.z_dim).to(device)
+    torch.manual_seed(s.seed)  # again: a student's initial weights depend on the seed and its own width alone
+    student = GAN(s.size, x.shape[1], s.student_width, s.z_dim).to(device)
     alone, rival, rival_teacher = map(copy.deepcopy, (student, student, teacher))  # equal starts
     lr_teacher = s.lr_teacher * 128 / s.teacher_width  # so that Adam's steps stay alike (Yang et al. 2021)
     stage("teacher", {teacher: lr_teacher}, s.epochs)
@@ -631,39 +594,35 @@ def run(s):
         print(f"| {key.replace('_', ' ')} | {value:.2f} |", " | ".join(cells), "|")
     result = {
         "dataset": s.dataset, "normal": name, "seed": s.seed, "split": "validation" if s.val else "test",
-        "images": {"train": len(x) // times, "held out": len(x_held), "test": len(x_test), "anomalies": int(y_test.sum())},
+        "images": {"train": len(x) // times, "held out": len(x_held), "test": len(x_test),
+                   "anomalies": int(y_test.sum())},
         "auroc": auc, **{c: {net: costs[net][c] for net in costs} for c in columns},
         "ratio": costs["teacher"]["flops"] / costs["student"]["flops"],
         "images_per_second": speed, "seconds": time.perf_counter() - began, "settings": vars(s),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
         f"{device.type}, {torch.get_num_threads()} threads", "versions": {"python": sys.version.split()[0]}
         | {module.__name__: module.__version__ for module in (torch, torchvision, sklearn)}}
+    # by way of memory: on a full disk torch's functions raise no OSError
+    files = {file: io.BytesIO() for file in ("samples.png", "teacher.pt", "student.pt", "student.pt2", "result.json")}
+    save_samples(files["samples.png"], x_test, y_test, teacher, student)
+    for net, gan in ("teacher", teacher), ("student", student):
+        torch.save({"version": VERSION, "form": gan.form, "weights": gan.cpu().state_dict(), "settings": vars(s),
+                    "calibration": score(gan.g, x_held.cpu()).sort().values}, files[f"{net}.pt"])
+    batch = {0: torch.export.Dim("batch")}  # of any size
+    exported = torch.export.export(Detector(student.g), (torch.zeros(2, *x.shape[1:]),), dynamic_shapes=(batch,))
+    torch.export.save(exported, files["student.pt2"])
+    files["result.json"].write(json.dumps(result, indent=1).encode())
     with tempfile.TemporaryDirectory(dir=s.out) as part:  # files appear whole or not at all
-        save_samples(Path(part, "samples.png"), x_test, y_test, teacher, student)
-        for file, gan in ("teacher.pt", teacher), ("student.pt", student):
-            saved = {"version": VERSION, "form": gan.form, "weights": gan.cpu().state_dict(), "settings": vars(s),
-                     "calibration": score(gan.g, x_held.cpu()).sort().values}
-            write(torch.save, saved, Path(part, file))
-        example = torch.zeros(2, *x.shape[1:])
-        write(torch.export.save, torch.export.export(Detector(student.g), (example,), dynamic_shapes=(
-            {0: torch.export.Dim("batch")},)), Path(part, "student.pt2"))
-        Path(part, "result.json").write_text(json.dumps(result, indent=1))
+        for file, content in files.items():
+            Path(part, file).write_bytes(content.getvalue())
         (folder / "result.json").unlink(missing_ok=True)  # of an earlier run: it must not describe the new nets
-        files = sorted(file.name for file in Path(part).iterdir())
-        for file in sorted(files, key="result.json".__eq__):  # the result last: where it is, everything is
+        for file in files:  # the result last: where it is, everything is
             Path(part, file).replace(folder / file)
-    print(f"\nin {folder}: {', '.join(files)}\nRESULT {json.dumps(result)}", flush=True)
+    print(f"\nin {folder}: {', '.join(sorted(files))}\nRESULT {json.dumps(result)}", flush=True)
     return result
 
 
-def write(save, thing, path):
-    """save(thing, path) by way of memory: on a full disk torch's functions raise no OSError."""
-    save(thing, buffer := io.BytesIO())
-    path.write_bytes(buffer.getvalue())
-
-
 # ------------------------------------------------------------------------------------- using a trained student
-
 def load_gan(path):
     """(GAN, calibration scores) of a student.pt or teacher.pt, on the CPU. Raises RunError if it is none."""
     try:
@@ -682,28 +641,27 @@ def score_files(checkpoint, paths, alpha, device):
     """Print a line for each image file, in folders too: path, score, p-value, and "anomaly" if p <= alpha. One that
     cannot be read gets a line on stderr instead; if there was any, RunError is raised at the end."""
     gan, calibration = load_gan(checkpoint)
-    n, broken, gan = len(calibration), 0, gan.to(device)
+    gan.to(device)
     files = [file for path in map(Path, paths) for file in (
         sorted(f for f in path.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else [path])]
-    if (n + 1) * alpha < 1:
-        print(f"pkdgan.py: no verdicts at --alpha {alpha}, for {n} normal images were held out of the training (--holdout) "
-              f"and {f'{1 / alpha - 1:.0f} are' if alpha else 'no number is'} needed", file=sys.stderr)
-    print("path\tscore\tp-value\tverdict", flush=True)
-    for start in range(0, len(files), 128):
-        images = {}
-        for file in files[start:start + 128]:
-            try:
-                images[file] = read_image(file, gan.form["size"]).float()
-            except RunError as error:
-                print("pkdgan.py:", *str(error).split(), file=sys.stderr)
-                broken += 1
-        if images:
-            x = torch.stack(list(images.values()))
-            x = x.mean(1, keepdim=True).round() if gan.form["channels"] == 1 else x  # as in load_folder
-            scores = score(gan.g, (x / 127.5 - 1).to(device)).cpu()
-            for file, value, p in zip(images, scores.tolist(), p_values(scores, calibration).tolist()):
-                verdict = "" if (n + 1) * alpha < 1 else "anomaly" if p <= alpha else "normal"
-                print(f"{file}\t{value:.5g}\t{f'{p:.4g}' if n else ''}\t{verdict}", flush=True)
+    n, broken = len(calibration), 0
+    verdicts = 1 / (n + 1) <= alpha  # the least p-value that there is
+    if not verdicts:
+        print(f"pkdgan.py: no verdicts at --alpha {alpha}: {n} normal images were held out of the training "
+              f"(--holdout), {math.ceil(1 / alpha) - 1 if alpha > 0 else 'no number'} would do", file=sys.stderr)
+    print("path\tscore\tp-value\tverdict")
+    for file in files:
+        try:
+            x = read_image(file, gan.form["size"])[None].float()
+        except RunError as error:
+            print("pkdgan.py:", *str(error).split(), file=sys.stderr)
+            broken += 1
+            continue
+        x = x.mean(1, keepdim=True).round() if gan.form["channels"] == 1 else x  # as in load_folder
+        value = score(gan.g, (x / 127.5 - 1).to(device)).cpu()
+        p = p_values(value, calibration).item()
+        verdict = ("anomaly" if p <= alpha else "normal") if verdicts else ""
+        print(f"{file}\t{value.item():.5g}\t{f'{p:.4g}' if n else ''}\t{verdict}", flush=True)
     if broken or not files:
         raise RunError(f"{broken} of {len(files)} images could not be scored" if files else "no image there")
 
@@ -724,15 +682,13 @@ def parse(argv=None):
                             **kind)
     parser.add_argument("--score", nargs="+", default=argparse.SUPPRESS, metavar=("STUDENT.PT", "IMAGE_OR_FOLDER"),
                         help="score images with a trained student instead of training")
-    parser.add_argument("--alpha", type=float, default=argparse.SUPPRESS, help="false alarms that --score may make (0.05)")
+    parser.add_argument("--alpha", type=float, default=argparse.SUPPRESS, help="false alarms of --score (0.05)")
     given, defaults = vars(parser.parse_args(argv)), {name: default for name, (default, _) in SETTINGS.items()}
     s = argparse.Namespace(**defaults | PER_DATASET[given.get("dataset", defaults["dataset"])] | given)
     for name, value in vars(s).items():
-        least = 1 if type(value) is int and name != "seed" else 0
-        if type(value) in (int, float) and not least <= value < 2 ** 31:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least} and less than 2^31")
-    if s.holdout >= 1:
-        raise UsageError(f"--holdout {s.holdout}: must be a share less than 1")
+        least, end = 1 if type(value) is int and name != "seed" else 0, 1 if name == "holdout" else 2 ** 31
+        if type(value) in (int, float) and not least <= value < end:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least} and less than {end}")
     if s.size < 16 or s.size & (s.size - 1):
         raise UsageError(f"--size {s.size}: must be a power of two from 16, such as 32 or 64")
     if s.device == "auto":

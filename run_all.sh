@@ -15,6 +15,7 @@ cd "$(dirname "$0")"
 exec python - "$@" <<'EOF'
 import fcntl, json, os, shlex, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean, stdev
 import pkdgan, torch
@@ -24,12 +25,16 @@ ask = {key: os.environ.get(key) or default for key, default in ask.items()}
 datasets, normals, seeds = (ask[key].split() for key in ("DATASETS", "NORMALS", "SEEDS"))
 out, flags, in_array = Path(ask["OUT"]), sys.argv[1:], "SLURM_ARRAY_TASK_ID" in os.environ
 PAPER = {  # teacher : student in computation; teacher, student alone, step 1, step 2, gain: means of ten classes, in %
-    "mnist": ["311.11", "97.80", "95.48", "", "97.25", "+1.77"], "fmnist": ["700", "93.1", "91.20", "", "92.93", "+1.73"],
+    "mnist": ["311.11", "97.80", "95.48", "", "97.25", "+1.77"],
+    "fmnist": ["700", "93.1", "91.20", "", "92.93", "+1.73"],
     "cifar10": ["24.45", "73.76", "70.61", "", "73.05", "+2.44"]}
 command = {(d, n, s): [*flags, "--dataset", d, "--normal", n, "--seed", s, "--out", ask["OUT"]]
            for d in datasets for s in seeds for n in normals}
 try:
-    jobs, wanted = int(ask["JOBS"]), {run: vars(pkdgan.parse(args)) for run, args in command.items()}
+    if not ask["JOBS"].isdigit():
+        raise ValueError(f"JOBS={ask['JOBS']} must be a number")
+    jobs = int(ask["JOBS"])  # the device is that of the runs: here, a GPU would be taken for nothing
+    wanted = {run: vars(pkdgan.parse([*args, "--device", "cpu"])) for run, args in command.items()}
     task, first, step, shares = (int(os.environ.get(f"SLURM_ARRAY_TASK_{key}", default)) for key, default in (
         ("ID", 0), ("MIN", 0), ("STEP", 1), ("COUNT", len(command))))
     if in_array and (task - first) // step >= shares:
@@ -44,12 +49,13 @@ log = {(d, n, s): out / f"{title[d]}-{n}-seed{s}.log".replace("/", "-") for d, n
 
 def results():
     """{run: result} of the runs with a result for these settings. A rival that nobody asked for does no harm."""
-    def fixed(settings):
-        return {key: value for key, value in settings.items() if key not in ("out", "device", "ablation")}
-
-    found = [json.loads(file.read_text()) for file in out.glob("*-seed*/result.json")]
-    return {run: result for run, want in wanted.items() for result in found
-            if fixed(result["settings"]) == fixed(want) and result["settings"]["ablation"] >= want["ablation"]}
+    found = {}
+    for file in out.glob("*-seed*/result.json"):
+        with suppress(OSError, ValueError, LookupError):  # it is just being replaced, or another program's
+            result = json.loads(file.read_text())
+            found |= {run: result for run, want in wanted.items() if result["settings"]["ablation"] >= want["ablation"]
+                      and result["settings"] | {key: want[key] for key in ("out", "device", "ablation")} == want}
+    return found
 
 
 def execute(run):
@@ -85,35 +91,34 @@ if jobs > 0:
     todo = [run for run in mine if run not in finished]
     print(f"{len(mine)} runs, {len(mine) - len(todo)} of them finished before; logs in {out}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            list(pool.map(execute, todo))
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            sys.exit("interrupted; the same command goes on from here")
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(execute, todo))  # an exception here cancels what has not begun
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
     finished = results()
 auroc = {run: r["auroc"] | {"gain": r["auroc"]["step2"] - r["auroc"]["student_alone"]} for run, r in finished.items()}
 
 for d in datasets if not in_array else ():
-    have = {run[1]: r for run, r in finished.items() if run[0] == d}
+    have = {n: r for (of, n, s), r in finished.items() if of == d}
     keys = ["teacher", "student_alone", "step1", "step2", "gain"]
-    keys += ["joint_only"] * any("joint_only" in of for run, of in auroc.items() if run[0] == d)
-    ratio, *paper = PAPER.get(title[d].split("-")[0], ["not"])
+    keys += ["joint_only"] * any("joint_only" in auroc[run] for run in auroc if run[0] == d)
+    ratio, *paper = PAPER.get(title[d].split("-")[0], ["not"])  # completes "(... in the paper)"
     print(f"\n| {title[d]} |", " | ".join(keys).replace("_", " "), "| seeds |\n|" + "---|" * (len(keys) + 2))
     for n in normals:
         row(n if n not in have or have[n]["normal"] == n else f"{n} {have[n]['normal']}", [n], keys, d)
     row("mean", normals, keys, d)
     if paper:
         print("| paper, mean of ten |", " | ".join(paper + [""] * (len(keys) + 1 - len(paper))), "|")
-    for line in sorted({f"\nAUROC in %, {r['split']} split, {r['device']}, torch {r['versions']['torch']}, FLOPs teacher : "
-                        f"student {r['ratio']:.2f} : 1 ({ratio} in the paper)" for r in have.values()}):
-        print(line)
+    for line in sorted({f"{r['split']} split, {r['device']}, torch {r['versions']['torch']}, FLOPs teacher : student "
+                        f"{r['ratio']:.2f} : 1 ({ratio} in the paper)" for r in have.values()}):
+        print("\nAUROC in %,", line)
 if in_array:
     again = " ".join(f"{key}={shlex.quote(value)}" for key, value in (ask | {"JOBS": "0"}).items())
     print(f"the table, when every task has ended: {again} bash run_all.sh {shlex.join(flags)}")
 missing = [run for run in mine if run not in finished]
 for run in missing:
-    last = log[run].read_text().split("\n")[-2:-1] if log[run].exists() else ["not started"]
+    last = log[run].read_text(errors="replace").split("\n")[-2:-1] if log[run].exists() else ["not started"]
     print(f"no result: {log[run].stem}:", *last, file=sys.stderr)
 sys.exit(bool(missing))
 EOF

@@ -307,7 +307,7 @@ def test_few_images_of_a_folder_make_longer_epochs(tmp_path, monkeypatch, capsys
     root, seen = make_folder(tmp_path / "parts"), []
     monkeypatch.setattr(pk, "fit", lambda stage, rates, x, *_, **how: seen.append(x) or 1.0)
     result = pk.run(pk.parse([*TINY[:6], "--dataset", "folder", "--data", str(root), "--out", str(tmp_path / "runs")]))
-    assert result["images"]["train"] == 3 and "3 training images, 1333 times an epoch" in capsys.readouterr().out
+    assert result["images"]["train"] == 3 and "training images 3, 1333 times an epoch" in capsys.readouterr().out
     assert [len(x) for x in seen] == [3999] * 4 and torch.equal(seen[0][:3], seen[0][-3:])
 
 
@@ -650,7 +650,7 @@ def scored(stdout):
 def test_p_values_by_hand():
     calibration = tensor(1., 2., 2., 3.)
     p = pk.p_values(tensor(0., 1., 1.5, 2., 3., 3.5), calibration)
-    assert torch.allclose(p, tensor(5., 5., 4., 4., 2., 1.) / 5)
+    assert p.tolist() == [1, 1, 4 / 5, 4 / 5, 2 / 5, 1 / 5]  # exact, so that p <= alpha is right at alpha itself
     assert pk.p_values(tensor(2.5), tensor(1., 2., 3.)) == 0.5 and pk.p_values(tensor(7.), torch.zeros(0)) == 1
 
 
@@ -699,6 +699,16 @@ def test_scores_of_a_thousand_images_and_a_broken_one(trained, tmp_path):
         assert float(p) == pytest.approx(((calibration >= by_itself).sum() + 1).item() / (len(calibration) + 1), abs=1e-4)
         assert verdict == ("anomaly" if float(p) <= 0.1 else "normal")
     assert lines[-1][1:] == lines[7][1:] and len({line[1] for line in lines}) > 500
+
+
+@pytest.mark.parametrize("n, verdict", [(18, ""), (19, "anomaly")])
+def test_verdict_at_alpha_itself(n, verdict, tmp_path, capsys):
+    net = gan(2, 16)
+    torch.save({"version": pk.VERSION, "form": net.form, "weights": net.state_dict(), "calibration": torch.zeros(n)},
+               tmp_path / "student.pt")
+    assert pk.main(["--score", str(tmp_path / "student.pt"), png(tmp_path / "a.png", torch.zeros(1, 16, 16))]) == 0
+    out, err = capsys.readouterr()
+    assert scored(out)[0][3] == verdict and ("19 would do" in err) == (n == 18)
 
 
 def test_score_without_held_out_images_says_so(traced, tmp_path, capsys):
