@@ -610,7 +610,8 @@ def test_disk_full_leaves_no_half_written_file(tmp_path):
 
 def test_ctrl_c_leaves_no_half_written_file(tmp_path):
     process = subprocess.Popen([sys.executable, str(HERE / "pkdgan.py"), *TINY, "--epochs", "5000"], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,  # a shell's background jobs ignore SIGINT
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not process.stdout.readline().startswith("teacher 2/"):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
