@@ -900,6 +900,8 @@ def test_run_all_table_by_hand(tmp_path):
     table = rows(run_all(out, JOBS="0", SEEDS="0 1").stdout)
     assert table["mean"] == ["90.00", "75.00", "85.00", "75.00", "+0.00", "missing", "1 of 2"]
     assert "9.50 : 1" in done.stdout
+    table = rows(run_all(out, "--ablation", JOBS="0").stdout)  # a result without the rival is none for --ablation
+    assert table["0"] == ["missing"] * 6 + ["0 of 1"] and table["1"][5] == "50.00"
 
 
 def test_run_all_starts_nothing_on_a_usage_error(tmp_path):
