@@ -344,6 +344,12 @@ def test_score_depends_on_the_image_alone():
     assert torch.allclose(pk.score(net.g, x[250:]), scores[250:], rtol=1e-5)
 
 
+def test_scoring_one_image_leaves_onednn_as_it_was():
+    before = torch._C._get_mkldnn_enabled()
+    pk.score(gan().g, torch.zeros(1, 1, 16, 16))
+    assert torch._C._get_mkldnn_enabled() == before
+
+
 def test_score_is_the_distance_of_the_codes():
     net, x = gan(), torch.rand(2, 1, 16, 16)
     out = net.g(x)
