@@ -205,7 +205,6 @@ def stage_widths(size, width):
 
 class Encoder(nn.Module):
     """x (B, C, size, size) -> code (B, z_dim), and the stages (B, w, size/2, size/2), ..., (B, w', 4, 4)."""
-
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
         widths = stage_widths(size, width)
@@ -214,19 +213,18 @@ class Encoder(nn.Module):
                           nn.GroupNorm(c_out, c_out) if i else nn.Identity(),  # DCGAN: none next to the image
                           nn.LeakyReLU(0.2, inplace=True))
             for i, (c_in, c_out) in enumerate(zip([channels] + widths, widths)))
-        self.head = nn.Conv2d(widths[-1], z_dim, 4)
+        self.head = nn.Linear(widths[-1] * 4 * 4, z_dim)
 
     def forward(self, x):
         """(B, C, size, size) -> code (B, z_dim) in float32, list of stages."""
         stages = [x := stage(x) for stage in self.stages]
-        return self.head(x).flatten(1).float(), stages
+        return self.head(x.flatten(1)).float(), stages
 
 
 class Upsample(nn.Conv2d):
     """(B, c_in, h, h) -> (B, c_out, 2h, 2h): DCGAN's transposed 4x4 convolution of stride 2, as a 2x2 convolution to
     four sub-pixels (Shi et al. 2016), each with a bias of its own if any. For few channels a CPU is 3 to 7 times faster
     so, and the initial weights suit c_in: nn.ConvTranspose2d's are of 1 / sqrt(16 c_out), which saturates wide nets."""
-
     def __init__(self, c_in, c_out, bias=False):
         super().__init__(c_in, 4 * c_out, 2, padding=1, bias=bias)
 
@@ -237,7 +235,6 @@ class Upsample(nn.Conv2d):
 
 class Decoder(nn.Module):
     """z (B, z_dim) -> image (B, C, size, size) in [-1, 1], and the stages (B, w', 4, 4), ... up to size/2."""
-
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
         widths = stage_widths(size, width)[::-1]
@@ -251,7 +248,7 @@ class Decoder(nn.Module):
         """(B, z_dim) -> image (B, C, size, size) in float32, list of stages."""
         h = z[:, :, None, None]
         stages = [h := stage(h) for stage in self.stages]
-        return self.head(h).float().tanh(), stages
+        return self.head(h).float().contiguous().tanh(), stages
 
 
 class Generated(NamedTuple):
@@ -270,7 +267,6 @@ class Generator(nn.Module):
     """Encoder-decoder-encoder x -> z -> x_hat -> z_hat [paper], as in GANomaly (Akcay et al. 2018).
     Codes lie on the sphere of radius sqrt(z_dim) [ours]: without it the latent loss falls when both codes merely
     shrink, and a score depends on the norms of the codes as much as on their disagreement."""
-
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
         self.encode = Encoder(size, channels, width, z_dim)
@@ -298,7 +294,6 @@ class Discriminator(Encoder):
 
 class GAN(nn.Module):
     """A generator g and a discriminator d. Teacher and student differ in their width alone."""
-
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
         self.form = dict(size=size, channels=channels, width=width, z_dim=z_dim)  # GAN(**form) rebuilds it

@@ -501,9 +501,11 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------------------------- command line
 
+NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+
+
 def command(*flags, cwd, **options):
-    env = os.environ | {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",  # no network
-                        "OMP_NUM_THREADS": "1"}  # these nets are too small for more
+    env = os.environ | NO_NETWORK | {"OMP_NUM_THREADS": "1"}  # these nets are too small for more
     return subprocess.run([sys.executable, str(HERE / "pkdgan.py"), *flags], cwd=cwd, env=env, text=True,
                           capture_output=True, timeout=170, **options)
 
@@ -579,7 +581,7 @@ BAD_INPUT = [  # exit code, words of the message, flags
 
 @pytest.fixture(scope="module")
 def bad_input(tmp_path_factory):
-    """A folder, and what became of each command line of BAD_INPUT in it, two at a time."""
+    """A folder with all that BAD_INPUT speaks of."""
     root = tmp_path_factory.mktemp("bad")
     make_folder(root / "folder")
     for part in ("test", "image", "truncated", "16 bits"):
@@ -588,17 +590,23 @@ def bad_input(tmp_path_factory):
         for kind in ("images-idx3", "labels-idx1"):
             write_idx(root / "broken" / "MNIST" / "raw" / f"{split}-{kind}-ubyte", torch.zeros(5, 2, 2, dtype=torch.uint8))
     (root / "a file").write_text("")
-    with ThreadPoolExecutor(2) as pool:
-        return root, list(pool.map(lambda case: command("--size", "16", *case[2], cwd=root), BAD_INPUT))
+    return root
 
 
-@pytest.mark.parametrize("case", range(len(BAD_INPUT)), ids=lambda case: " ".join(BAD_INPUT[case][2]))
-def test_bad_input_gets_one_clear_line(case, bad_input):
-    (code, words, _), (root, done) = BAD_INPUT[case], bad_input
-    assert done[case].returncode == code
-    stderr = done[case].stderr
+@pytest.mark.parametrize("code, words, flags", BAD_INPUT, ids=[" ".join(flags) for *_, flags in BAD_INPUT])
+def test_bad_input_gets_one_clear_line(code, words, flags, bad_input, monkeypatch, capsys):
+    monkeypatch.chdir(bad_input)
+    for name, value in NO_NETWORK.items():
+        monkeypatch.setenv(name, value)
+    assert pk.main(["--size", "16", *flags]) == code
+    stderr = capsys.readouterr().err
     assert len(stderr.splitlines()) == 1 and stderr.startswith("pkdgan.py: ") and all(word in stderr for word in words), stderr
-    assert not [f for f in root.glob("runs/*/*")] and not list((root / "empty").glob("*"))
+    assert not [f for f in bad_input.glob("runs/*/*")] and not list((bad_input / "empty").glob("*"))
+
+
+def test_exit_code_is_that_of_main(tmp_path):
+    done = command("--dataset", "nosuch", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stdout == ""
 
 
 def test_batch_larger_than_the_training_set_is_said(tmp_path):
