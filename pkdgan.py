@@ -47,7 +47,6 @@ import torchvision
 from PIL import Image, ImageDraw
 from sklearn import datasets, metrics, model_selection
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -119,8 +118,7 @@ def load_torchvision(dataset, root):
                     Path(part, folder).replace(root / folder)
         return cls(root, train=True), cls(root, train=False)
     except Exception as error:  # torchvision raises all sorts: no network, a missing file, broken bytes
-        raise RunError(f"{dataset} cannot be loaded ({error}): put {root / files} there, or delete "
-                       f"{root / folder} and run again with a network")
+        raise RunError(f"{dataset}: {error}: put {root / files} there, or delete {root / folder} and run again online")
 
 
 def read_image(path, size):
@@ -134,31 +132,24 @@ def read_image(path, size):
         raise RunError(f"{path} cannot be used as an image ({error}): mend or remove it")
 
 
-def load_folder(root, size):
-    """As load_images, of root/train/<class>/* and root/test/<class>/*, the layout of MVTec AD. Images have one
-    channel if those in train are all grey. Raises RunError with the path at fault."""
-    try:
-        train, test = (torchvision.datasets.ImageFolder(root / split) for split in ("train", "test"))
-    except OSError as error:
-        raise RunError(f"{root} is not an image folder with train/<class>/* and test/<class>/*: {error}")
-    classes = train.classes + [name for name in test.classes if name not in train.classes]
-    x, x_test = (torch.stack([read_image(path, size) for path, _ in split.samples]) for split in (train, test))
-    c, c_test = (torch.tensor([classes.index(split.classes[k]) for k in split.targets]) for split in (train, test))
-    if (x == x[:, :1]).all():
-        x, x_test = x[:, :1], x_test.float().mean(1, keepdim=True).round().byte()
-    return x, c, x_test, c_test, classes
-
-
 def load_images(dataset, root, size):
     """All of a data set: (x, c, x_test, c_test, classes). x, x_test: uint8 (N, channels, size, size), channels 1
     for grey and 3 for colour; c, c_test: int64 (N,), indices into `classes`, a list of names. Raises RunError."""
-    if dataset == "folder":
-        return load_folder(Path(root), size)
+    if dataset == "folder":  # train/<class>/* and test/<class>/*, the layout of MVTec AD
+        try:
+            train, test = (torchvision.datasets.ImageFolder(Path(root, split)) for split in ("train", "test"))
+        except OSError as error:
+            raise RunError(f"{root} is not an image folder with train/<class>/* and test/<class>/*: {error}")
+        classes = train.classes + [name for name in test.classes if name not in train.classes]
+        x, x_test = (torch.stack([read_image(path, size) for path, _ in split.samples]) for split in (train, test))
+        c, c_test = (torch.tensor([classes.index(split.classes[k]) for k in split.targets]) for split in (train, test))
+        if (x == x[:, :1]).all():  # one channel if those in train are all grey
+            x, x_test = x[:, :1], x_test.float().mean(1, keepdim=True).round().byte()
+        return x, c, x_test, c_test, classes
     if dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
-        digits = datasets.load_digits()
-        x, x_test, c, c_test = model_selection.train_test_split(  # of grey levels 0 to 16
-            (digits.images * (255 / 16)).round().astype("uint8"), digits.target, test_size=1 / 3,
-            stratify=digits.target, random_state=0)
+        x, c = datasets.load_digits(return_X_y=True)
+        x = (x.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")  # of grey levels 0 to 16
+        x, x_test, c, c_test = model_selection.train_test_split(x, c, test_size=1 / 3, stratify=c, random_state=0)
     else:
         train, test = load_torchvision(dataset, Path(root))
         x, x_test, c, c_test = train.data, test.data, train.targets, test.targets
@@ -188,8 +179,7 @@ def load_task(s, device):
         raise UsageError(f"--normal {s.normal}: no such class in the training split; there are {have}")
     x, x_test, y_test = one_class_split(x, c, x_test, c_test, normal, s.val)
     if len(x) == 0 or y_test.unique().numel() < 2:
-        split = "validation split (a tenth of the training split)" if s.val else "test split"
-        raise RunError(f"no AUROC: the {split} needs normal images and anomalies, both")
+        raise RunError(f"no AUROC: the {'validation' if s.val else 'test'} split needs normal images and anomalies")
     return *((t.float() / 127.5 - 1).to(device) for t in (x, x_test)), y_test, classes[normal]
 
 
@@ -269,10 +259,8 @@ class Generator(nn.Module):
     shrink, and a score depends on the norms of the codes as much as on their disagreement."""
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
-        self.encode = Encoder(size, channels, width, z_dim)
-        self.decode = Decoder(size, channels, width, z_dim)
-        self.encode_again = Encoder(size, channels, width, z_dim)
-        self.radius = z_dim ** 0.5
+        form, self.radius = (size, channels, width, z_dim), z_dim ** 0.5
+        self.encode, self.decode, self.encode_again = Encoder(*form), Decoder(*form), Encoder(*form)
 
     def forward(self, x):
         """(B, C, size, size) -> Generated."""
@@ -285,7 +273,6 @@ class Generator(nn.Module):
 
 class Discriminator(Encoder):
     """An encoder to one number: x -> logit (B,), high for real, and features (B, w', 4, 4), its last stage."""
-
     def forward(self, x):
         """(B, C, size, size) -> logit (B,), features (B, w', 4, 4), both float32."""
         logit, stages = super().forward(x)
@@ -336,9 +323,8 @@ def attention_map(stage):
 def intermediate_distillation_loss(stages_t, stages_s, x_hat_t, x_hat_s):
     """L_inter = mean over stages of E over images of ||Q_t - Q_s||_2^2  +  E[|x_hat_t - x_hat_s|]
     By hand, with one stage, Q_t = [1, 0], Q_s = [0, 1], x_hat_t = [1.], x_hat_s = [0.5]: 2 + 0.5 = 2.5"""
-    maps = [(attention_map(t) - attention_map(s)).square().sum(1).mean()
-            for t, s in zip(stages_t, stages_s, strict=True)]
-    return sum(maps) / len(maps) + F.l1_loss(x_hat_s, x_hat_t)
+    maps = zip(map(attention_map, stages_t), map(attention_map, stages_s), strict=True)
+    return sum((q_t - q_s).square().sum(1).mean() for q_t, q_s in maps) / len(stages_t) + F.l1_loss(x_hat_s, x_hat_t)
 
 
 def latent_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
@@ -384,7 +370,6 @@ def train_step(x, trained, pair, own, opt_d, opt_g, s):
     lower the loss by becoming as poor as the student. Returns what to log, {name: scalar}: loss_D and loss_G sum
     over all GANs, the parts of two GANs' own losses are those of the last in `trained`, the student."""
     out = {gan: amp(gan.g, x) for gan in dict.fromkeys([*pair, *trained])}  # each once, a frozen teacher too
-    with_own = trained if own else []
     if pair:
         teacher, student = pair
         out_t, out_s = out[teacher].detach(), out[student]
@@ -392,7 +377,7 @@ def train_step(x, trained, pair, own, opt_d, opt_g, s):
     # ---- D: x is real, x_hat is fake; for distillation, to the student's D, x_hat_t is real and x_hat_s is fake
     loss_d, log = 0, {}
     fake = {gan: amp(gan.d, out[gan].x_hat.detach())[0] for gan in trained}
-    for gan in with_own:
+    for gan in trained if own else ():
         real = amp(gan.d, x)[0]
         loss_d = loss_d + discriminator_loss(real, fake[gan])
         log |= {"D(x)": real.sigmoid().mean(), "D(x_hat)": fake[gan].sigmoid().mean()}
@@ -406,7 +391,7 @@ def train_step(x, trained, pair, own, opt_d, opt_g, s):
     # ---- and for distillation L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
     loss_g = 0
     f_x_hat = {gan: amp(gan.d, out[gan].x_hat)[1] for gan in trained}
-    for gan in with_own:
+    for gan in trained if own else ():
         adv = adversarial_loss(amp(gan.d, x)[1].detach(), f_x_hat[gan])
         con, lat = contextual_loss(x, out[gan].x_hat), latent_loss(out[gan].z, out[gan].z_hat)
         loss_g = loss_g + s.w_adv * adv + s.w_con * con + s.w_lat * lat
@@ -425,15 +410,13 @@ def fit(stage, rates, x, epochs, s, pair=(), own=True, first_epoch=0):
     """Train the GANs in rates, {GAN: learning rate}, and no others, on images x (N, C, size, size); pair and own as in
     train_step. Returns images per second; raises RunError if a loss is not finite. Batches and mirroring come from
     s.seed and the epoch's number alone: stages that count from the same first_epoch see the same batches."""
-    opt_d, opt_g = (torch.optim.Adam(
-        [{"params": getattr(gan, net).parameters(), "lr": lr} for gan, lr in rates.items()],
-        betas=(0.5, 0.999), fused=x.device.type != "mps") for net in ("d", "g"))  # DCGAN's betas
+    opt_d, opt_g = (torch.optim.Adam([dict(params=getattr(gan, net).parameters(), lr=lr) for gan, lr in rates.items()],
+                                     betas=(0.5, 0.999), fused=x.device.type != "mps") for net in "dg")  # DCGAN's betas
     updates = epochs * math.ceil(len(x) / s.batch)
     warmup = min(100, math.ceil(updates / 10))
     schedulers = [torch.optim.lr_scheduler.LambdaLR(  # a warm-up, then a cosine to 0, so that the last epoch is settled
         opt, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * i / updates)) / 2) for opt in (opt_d, opt_g)]
-    for gan in rates:
-        gan.train()
+    nn.ModuleList(rates).train()
     live, start = sys.stdout.isatty(), time.perf_counter()
     for epoch in range(1, epochs + 1):
         rng = torch.Generator().manual_seed(10_000 * s.seed + first_epoch + epoch)
@@ -452,16 +435,14 @@ def fit(stage, rates, x, epochs, s, pair=(), own=True, first_epoch=0):
         if not all(map(math.isfinite, log.values())):
             raise RunError(f"{stage}, epoch {epoch}: NaN or Inf in {log}; lower the learning rates")
         seconds = time.perf_counter() - start
-        pace = f"{epoch * len(x) / seconds:.0f} images/s, {seconds / epoch * (epochs - epoch):.0f} s left"
-        parts = (f"{key} {value:.3f}" for key, value in log.items())
-        print("\r" * live + f"{stage} {epoch}/{epochs}:", *parts, "|", pace, flush=True)
+        print("\r" * live + f"{stage} {epoch}/{epochs}:", *(f"{key} {value:.3f}" for key, value in log.items()),
+              f"| {epoch * len(x) / seconds:.0f} images/s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
     return epochs * len(x) / seconds
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
 class Detector(nn.Sequential):
     """Detector(g) is what is deployed: images x (N, C, size, size) in [-1, 1] -> anomaly scores (N,)."""
-
     def forward(self, x):
         """||z - z_hat||_2 [paper] of each image, from 0 to 2 sqrt(z_dim), higher is more anomalous."""
         out = super().forward(x)  # what the generator makes of it
@@ -470,8 +451,7 @@ class Detector(nn.Sequential):
 
 @torch.inference_mode()
 def score(g, x):
-    """Anomaly scores (N,), float32, of images x (N, C, size, size) in [-1, 1] by generator g, put into eval mode. Each
-    depends on its image alone."""
+    """Anomaly scores (N,), float32, of images x (N, C, size, size) in [-1, 1] by generator g, put into eval mode."""
     torch.backends.cudnn.allow_tf32 = False  # float32 on CUDA too
     detector = Detector(g.eval())
     onednn, *_ = torch.backends.mkldnn.set_flags(len(x) > 1)  # a single image is not worth its preparations
@@ -542,13 +522,13 @@ def run(s):
     held = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) < int(s.holdout * len(x))
     x, x_held = x[~held], x[held]  # calibration takes normal images that no net has seen
     dataset = Path(s.data).resolve().name if s.dataset == "folder" else s.dataset
-    task = f"{dataset}-{name}-seed{s.seed}{'-val' * s.val}".replace("/", "-")
-    folder = Path(s.out, task)
+    folder = Path(s.out, f"{dataset}-{name}-seed{s.seed}{'-val' * s.val}".replace("/", "-"))
     folder.mkdir(parents=True, exist_ok=True)  # now, rather than fail after the training
     times = max(1, 4000 // len(x)) if s.dataset == "folder" else 1  # the epochs were chosen for as many images
-    print(f"{task}: training images {len(x)}{f', {times} times an epoch' * (times > 1)}, held out {len(x_held)}, "
-          f"{'validation' if s.val else 'test'} {len(x_test)}, of these anomalies {int(y_test.sum())}; on {device}",
-          flush=True)
+    images = {"train": len(x), "held out": len(x_held), "test": len(x_test), "anomalies": int(y_test.sum())}
+    print(f"{folder.name}: training images {len(x)}{f', {times} times an epoch' * (times > 1)}, "
+          f"held out {len(x_held)}, {'validation' if s.val else 'test'} {len(x_test)}, "
+          f"of these anomalies {images['anomalies']}; on {device}", flush=True)
     x = x.repeat(times, 1, 1, 1)
     if s.batch > len(x):
         print(f"--batch {s.batch} is more than the {len(x)} training images: one update an epoch, with all of them")
@@ -589,11 +569,9 @@ def run(s):
         print(f"| {key.replace('_', ' ')} | {value:.2f} |", " | ".join(cells), "|")
     result = {
         "dataset": s.dataset, "normal": name, "seed": s.seed, "split": "validation" if s.val else "test",
-        "images": {"train": len(x) // times, "held out": len(x_held), "test": len(x_test),
-                   "anomalies": int(y_test.sum())},
-        "auroc": auc, **{c: {net: costs[net][c] for net in costs} for c in columns},
-        "ratio": costs["teacher"]["flops"] / costs["student"]["flops"],
-        "images_per_second": speed, "seconds": time.perf_counter() - began, "settings": vars(s),
+        "images": images, "auroc": auc, **{c: {net: costs[net][c] for net in costs} for c in columns},
+        "ratio": costs["teacher"]["flops"] / costs["student"]["flops"], "images_per_second": speed,
+        "seconds": time.perf_counter() - began, "settings": vars(s),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
         f"{device.type}, {torch.get_num_threads()} threads", "versions": {"python": sys.version.split()[0]}
         | {module.__name__: module.__version__ for module in (torch, torchvision, sklearn)}}
@@ -637,8 +615,8 @@ def score_files(checkpoint, paths, alpha, device):
     cannot be read gets a line on stderr instead; if there was any, RunError is raised at the end."""
     gan, calibration = load_gan(checkpoint)
     gan.to(device)
-    files = [file for path in map(Path, paths) for file in (
-        sorted(f for f in path.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else [path])]
+    files = [file for path in map(Path, paths) for file in (sorted(
+        f for f in path.rglob("*") if torchvision.datasets.folder.is_image_file(f.name)) if path.is_dir() else [path])]
     n, broken = len(calibration), 0
     verdicts = 1 / (n + 1) <= alpha  # the least p-value that there is
     if not verdicts:
@@ -668,17 +646,16 @@ def parse(argv=None):
         """argparse's error handler, for one line instead of the list of flags."""
         raise UsageError(message)
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     parser.error = usage_error
     for name, (default, what) in SETTINGS.items():
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
         kind |= {"choices": list(PER_DATASET)} if name == "dataset" else {}
         own = "".join(f", {dataset} {own[name]}" for dataset, own in PER_DATASET.items() if name in own)
-        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{what} ({default}{own})",
-                            **kind)
-    parser.add_argument("--score", nargs="+", default=argparse.SUPPRESS, metavar=("STUDENT.PT", "IMAGE_OR_FOLDER"),
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{what} ({default}{own})", **kind)
+    parser.add_argument("--score", nargs="+", metavar=("STUDENT.PT", "IMAGE_OR_FOLDER"),
                         help="score images with a trained student instead of training")
-    parser.add_argument("--alpha", type=float, default=argparse.SUPPRESS, help="false alarms of --score (0.05)")
+    parser.add_argument("--alpha", type=float, help="false alarms of --score (0.05)")
     given, defaults = vars(parser.parse_args(argv)), {name: default for name, (default, _) in SETTINGS.items()}
     s = argparse.Namespace(**defaults | PER_DATASET[given.get("dataset", defaults["dataset"])] | given)
     for name, value in vars(s).items():
