@@ -487,6 +487,18 @@ def test_download_is_moved_in_place_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [f.name for f in (tmp_path / "data").rglob("*")] == ["MNIST", "raw", "file"]
 
 
+def test_another_run_may_have_downloaded_meanwhile(tmp_path, monkeypatch):
+    class Raced:
+        def __init__(self, root, train=True, download=False):
+            for place in (Path(root), tmp_path) if download else ():
+                (place / "MNIST" / "raw").mkdir(parents=True)
+            self.there = (Path(root) / "MNIST" / "raw").exists()
+
+    monkeypatch.setitem(pk.TORCHVISION, "mnist", (Raced, "MNIST/raw/file"))
+    assert all(split.there for split in pk.load_torchvision("mnist", tmp_path))
+    assert [f.name for f in tmp_path.rglob("*")] == ["MNIST", "raw"]
+
+
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(self, data):
         with open(self, "wb") as f:
