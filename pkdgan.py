@@ -630,7 +630,7 @@ def score_files(checkpoint, paths, alpha, device):
             print("pkdgan.py:", *str(error).split(), file=sys.stderr)
             broken += 1
             continue
-        x = x.mean(1, keepdim=True).round() if gan.form["channels"] == 1 else x  # as in load_folder
+        x = x.mean(1, keepdim=True).round() if gan.form["channels"] == 1 else x  # as load_images does
         value = score(gan.g, (x / 127.5 - 1).to(device)).cpu()
         p = p_values(value, calibration).item()
         verdict = ("anomaly" if p <= alpha else "normal") if verdicts else ""
