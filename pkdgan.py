@@ -23,7 +23,7 @@ anomaly score. Four stages, each evaluated after its last epoch:
     step 1          a fresh student learns from the frozen teacher, and from nothing else
     step 2          both go on training, jointly, with their own GAN losses and the distillation losses
 
-Choices are marked [paper], [ours] where it leaves them open, or cited. README.md has the figures.
+Choices are marked [paper], [ours] where it leaves them open, or cited. README.md lists them and has the figures.
 """
 import argparse
 import contextlib
@@ -59,7 +59,7 @@ SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teac
     "device": ("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest there is"),
     "val": (False, "evaluate on held-out training images instead of the test split, to choose settings"),
     "holdout": (0.0, "share of the normal training images that is not trained on, for the p-values of --score"),
-    "ablation": (False, "also train the single-step rival"),
+    "ablation": (False, "also train both jointly from random weights, the single-step rival"),
     "size": (32, "images become size x size; a power of two from 16"),
     "teacher_width": (128, "channels of the teacher's first stage"),
     "student_width": (24, "channels of the student's first stage"),
@@ -68,9 +68,9 @@ SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teac
     "epochs": (8, "epochs of the teacher; 16 gained nothing on CIFAR-10"),
     "epochs1": (8, "epochs of step 1"),
     "epochs2": (4, "epochs of step 2; the student alone gets epochs1 + epochs2"),
-    "lr_teacher": (1e-4, "learning rate of a teacher of width 128; of another's, in inverse proportion to the width"),
+    "lr_teacher": (1e-4, "the teacher's learning rate at width 128; in inverse proportion to the width"),
     "lr_student": (2e-3, "learning rate of the student"),
-    "lr_step2": (0.2, "both learning rates in step 2, as a share of the above; 0.5 undid the student's step 1"),
+    "lr_step2": (0.2, "both learning rates in step 2, as a share of the above; 0.5 was worse for the student"),
     "w_adv": (1.0, "weight of a GAN's adversarial loss"),
     "w_con": (1.0, "weight of a GAN's contextual loss; 10 on digits and MNIST"),
     "w_lat": (1.0, "weight of a GAN's latent loss"),
@@ -79,7 +79,7 @@ SETTINGS = {  # name: (default, what it is). Each is a command-line flag, --teac
     "kd_adv": (0.1, "weight of the adversarial distillation loss; at 1 it outweighs the others"),
     "flip": (True, "mirror training images left-right at random"),
 }
-PER_DATASET = {  # where one differs; widths reach the paper's computation ratios, 24.45 (CIFAR-10), 311.11, 700
+PER_DATASET = {  # where one differs; widths reach the paper's ratios: CIFAR-10 24.45, MNIST 311.11, Fashion-MNIST 700
     "digits": dict(normal="8", teacher_width=32, student_width=4, batch=16, epochs=20, epochs1=20, epochs2=10,
                    lr_teacher=2.5e-4, w_con=10.0, flip=False),
     "mnist": dict(student_width=6, w_con=10.0, flip=False),
@@ -179,7 +179,8 @@ def load_task(s, device):
         raise UsageError(f"--normal {s.normal}: no such class in the training split; there are {have}")
     x, x_test, y_test = one_class_split(x, c, x_test, c_test, normal, s.val)
     if len(x) == 0 or y_test.unique().numel() < 2:
-        raise RunError(f"no AUROC: the {'validation' if s.val else 'test'} split needs normal images and anomalies")
+        raise RunError("no AUROC: training needs normal images, the "
+                       f"{'validation' if s.val else 'test'} split those and anomalies")
     return *((t.float() / 127.5 - 1).to(device) for t in (x, x_test)), y_test, classes[normal]
 
 
@@ -194,8 +195,8 @@ def stage_widths(size, width):
 
 
 class Encoder(nn.Module):
-    """x (B, C, size, size) -> code (B, z_dim), and the stages (B, w, size/2, size/2), ..., (B, w', 4, 4)."""
-    def __init__(self, size, channels, width, z_dim):
+    """DCGAN's: convolutions of stride 2 down to 4 x 4, and a linear head."""
+    def __init__(self, size, channels, width, n_out):
         super().__init__()
         widths = stage_widths(size, width)
         self.stages = nn.ModuleList(
@@ -203,10 +204,10 @@ class Encoder(nn.Module):
                           nn.GroupNorm(c_out, c_out) if i else nn.Identity(),  # DCGAN: none next to the image
                           nn.LeakyReLU(0.2, inplace=True))
             for i, (c_in, c_out) in enumerate(zip([channels] + widths, widths)))
-        self.head = nn.Linear(widths[-1] * 4 * 4, z_dim)
+        self.head = nn.Linear(widths[-1] * 4 * 4, n_out)
 
     def forward(self, x):
-        """(B, C, size, size) -> code (B, z_dim) in float32, list of stages."""
+        """(B, C, size, size) -> (B, n_out) in float32, stages [(B, width, size/2, size/2), ... down to 4 x 4]."""
         stages = [x := stage(x) for stage in self.stages]
         return self.head(x.flatten(1)).float(), stages
 
@@ -224,7 +225,7 @@ class Upsample(nn.Conv2d):
 
 
 class Decoder(nn.Module):
-    """z (B, z_dim) -> image (B, C, size, size) in [-1, 1], and the stages (B, w', 4, 4), ... up to size/2."""
+    """DCGAN's: transposed convolutions of stride 2 up to the image."""
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
         widths = stage_widths(size, width)[::-1]
@@ -235,7 +236,7 @@ class Decoder(nn.Module):
         self.head = Upsample(widths[-1], channels, bias=True)
 
     def forward(self, z):
-        """(B, z_dim) -> image (B, C, size, size) in float32, list of stages."""
+        """(B, z_dim) -> image (B, C, size, size) in [-1, 1] in float32, stages [(B, c, 4, 4), ... up to size/2]."""
         h = z[:, :, None, None]
         stages = [h := stage(h) for stage in self.stages]
         return self.head(h).float().contiguous().tanh(), stages
@@ -272,9 +273,9 @@ class Generator(nn.Module):
 
 
 class Discriminator(Encoder):
-    """An encoder to one number: x -> logit (B,), high for real, and features (B, w', 4, 4), its last stage."""
+    """An encoder to one number, the logit, high for real. Its last stage are the features f."""
     def forward(self, x):
-        """(B, C, size, size) -> logit (B,), features (B, w', 4, 4), both float32."""
+        """(B, C, size, size) -> logit (B,), features (B, channels, 4, 4), both in float32."""
         logit, stages = super().forward(x)
         return logit[:, 0], stages[-1].float()
 
@@ -284,7 +285,7 @@ class GAN(nn.Module):
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
         self.form = dict(size=size, channels=channels, width=width, z_dim=z_dim)  # GAN(**form) rebuilds it
-        self.g, self.d = Generator(**self.form), Discriminator(**self.form | {"z_dim": 1})
+        self.g, self.d = Generator(**self.form), Discriminator(size, channels, width, 1)
 
 
 # -------------------------------------------------------------------------------------------------- losses
@@ -321,20 +322,20 @@ def attention_map(stage):
 
 
 def intermediate_distillation_loss(stages_t, stages_s, x_hat_t, x_hat_s):
-    """L_inter = mean over stages of E over images of ||Q_t - Q_s||_2^2  +  E[|x_hat_t - x_hat_s|]
+    """L_inter = mean over stages of E over images of ||Q_t - Q_s||_2^2 [ours] + E[|x_hat_t - x_hat_s|] [paper].
     By hand, with one stage, Q_t = [1, 0], Q_s = [0, 1], x_hat_t = [1.], x_hat_s = [0.5]: 2 + 0.5 = 2.5"""
     maps = zip(map(attention_map, stages_t), map(attention_map, stages_s), strict=True)
     return sum((q_t - q_s).square().sum(1).mean() for q_t, q_s in maps) / len(stages_t) + F.l1_loss(x_hat_s, x_hat_t)
 
 
 def latent_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
-    """L_latent = E[(z_t - z_s)^2] + E[(z_hat_t - z_hat_s)^2]: the student's codes are the teacher's.
+    """L_latent = E[(z_t - z_s)^2] + E[(z_hat_t - z_hat_s)^2]: the student's codes are the teacher's [paper].
     By hand: latent_distillation_loss([1.], [0.], [1.], [3.]) = 1 + 4 = 5"""
     return F.mse_loss(z_s, z_t) + F.mse_loss(z_hat_s, z_hat_t)
 
 
 def adversarial_distillation_loss(f_t, f_s):
-    """L_adv_kd = E[(f(x_hat_t) - f(x_hat_s))^2], f of the student's D, which tells x_hat_t (real) from x_hat_s (fake).
+    """L_adv_kd = E[(f(x_hat_t) - f(x_hat_s))^2], f of the student's D, which tells x_hat_t from x_hat_s [ours].
     By hand: adversarial_distillation_loss([1., 2.], [0., 2.]) = (1 + 0) / 2 = 0.5"""
     return F.mse_loss(f_s, f_t)
 
@@ -342,7 +343,7 @@ def adversarial_distillation_loss(f_t, f_s):
 # ------------------------------------------------------------------------------------------------ training
 @lru_cache
 def native_bf16(device_type):
-    """Whether the device, "cpu", "cuda" or "mps", has bfloat16 in hardware, so that it pays; not asked of MPS."""
+    """Whether the device, "cpu", "cuda" or "mps", has bfloat16 in hardware; not asked of MPS."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = getattr(torch.cpu, "get_capabilities", dict)() if device_type == "cpu" else {}
@@ -367,8 +368,8 @@ def train_step(x, trained, pair, own, opt_d, opt_g, s):
     """One update of the discriminators, then one of the generators, on the batch x (B, C, size, size).
     trained: the GANs to update; own: whether they have GAN losses of their own; pair: (teacher, student) for
     distillation, or (). Distillation moves the student only [ours]: a teacher that its gradient reached could
-    lower the loss by becoming as poor as the student. Returns what to log, {name: scalar}: loss_D and loss_G sum
-    over all GANs, the parts of two GANs' own losses are those of the last in `trained`, the student."""
+    lower the loss by becoming as poor as the student. Returns what to log, {name: scalar}: loss_D and loss_G, summed
+    over the GANs, and their parts, of two GANs' own losses those of the last in `trained`, the student."""
     out = {gan: amp(gan.g, x) for gan in dict.fromkeys([*pair, *trained])}  # each once, a frozen teacher too
     if pair:
         teacher, student = pair
@@ -376,15 +377,15 @@ def train_step(x, trained, pair, own, opt_d, opt_g, s):
 
     # ---- D: x is real, x_hat is fake; for distillation, to the student's D, x_hat_t is real and x_hat_s is fake
     loss_d, log = 0, {}
-    fake = {gan: amp(gan.d, out[gan].x_hat.detach())[0] for gan in trained}
+    logit_fake = {gan: amp(gan.d, out[gan].x_hat.detach())[0] for gan in trained}
     for gan in trained if own else ():
-        real = amp(gan.d, x)[0]
-        loss_d = loss_d + discriminator_loss(real, fake[gan])
-        log |= {"D(x)": real.sigmoid().mean(), "D(x_hat)": fake[gan].sigmoid().mean()}
+        logit_real = amp(gan.d, x)[0]
+        loss_d = loss_d + discriminator_loss(logit_real, logit_fake[gan])
+        log |= {"D(x)": logit_real.sigmoid().mean(), "D(x_hat)": logit_fake[gan].sigmoid().mean()}
     if pair:
-        real = amp(student.d, out_t.x_hat)[0]
-        loss_d = loss_d + s.kd_adv * discriminator_loss(real, fake[student])
-        log |= {"D(x_hat_t)": real.sigmoid().mean(), "D(x_hat_s)": fake[student].sigmoid().mean()}
+        logit_real = amp(student.d, out_t.x_hat)[0]
+        loss_d = loss_d + s.kd_adv * discriminator_loss(logit_real, logit_fake[student])
+        log |= {"D(x_hat_t)": logit_real.sigmoid().mean(), "D(x_hat_s)": logit_fake[student].sigmoid().mean()}
     update(loss_d, opt_d)
 
     # ---- G: L_G = w_adv L_adv + w_con L_con + w_lat L_lat
@@ -414,7 +415,7 @@ def fit(stage, rates, x, epochs, s, pair=(), own=True, first_epoch=0):
                                      betas=(0.5, 0.999), fused=x.device.type != "mps") for net in "dg")  # DCGAN's betas
     updates = epochs * math.ceil(len(x) / s.batch)
     warmup = min(100, math.ceil(updates / 10))
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(  # a warm-up, then a cosine to 0, so that the last epoch is settled
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(  # [ours] warm-up, then a cosine to 0: the last epoch is settled
         opt, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * i / updates)) / 2) for opt in (opt_d, opt_g)]
     nn.ModuleList(rates).train()
     live, start = sys.stdout.isatty(), time.perf_counter()
@@ -463,8 +464,8 @@ def score(g, x):
 
 def p_values(scores, calibration):
     """p = (1 + number of calibration scores >= score) / (n + 1), conformal (Vovk et al. 2005, Bates et al. 2023), of
-    scores (N,), given the sorted scores (n,) of normal images that nothing was trained on. A normal image has
-    p <= alpha with a probability of at most alpha. By hand: p_values([2.5], [1., 2., 3.]) = (1 + 1) / (3 + 1) = 0.5"""
+    scores (N,), given the sorted scores (n,) of normal images that no net was trained on. A normal image has p <= alpha
+    with a probability of at most alpha, over draws of all of these. By hand: p_values([2.5], [1., 2., 3.]) = 2 / 4"""
     return (1 + len(calibration) - torch.searchsorted(calibration, scores)).double() / (len(calibration) + 1)
 
 
@@ -477,9 +478,9 @@ def auroc(gan, x_test, y_test):
 
 
 def cost(gan, x):
-    """What a GAN costs, by torch's own counter and timer. Generator and discriminator together: params, and flops for
-    one image. To score images like x (N, C, size, size) where they are: MB of weights, and microseconds for an image
-    by itself (us_1) and in a batch of 256 (us_256)."""
+    """What a GAN costs, by torch's own counter and timer. Params and flops (of one image) are of generator and
+    discriminator. The generator is all that scoring takes: MB of weights, and microseconds per image on the device of
+    x (N, C, size, size), for an image by itself (us_1) and in a batch of 256 (us_256)."""
     logging.getLogger("torch.utils.cpp_extension").setLevel("ERROR")  # the timer's import may miss a compiler
     from torch.utils.benchmark import Timer
     with FlopCounterMode(display=False) as counter:
@@ -487,7 +488,7 @@ def cost(gan, x):
     params_g, params_d = (sum(p.numel() for p in net.parameters()) for net in (gan.g, gan.d))
     result = {"params": params_g + params_d, "flops": counter.get_total_flops(), "MB": 4e-6 * params_g}
     for n in (1, 256):
-        timer = Timer("score(g, x)", globals={"score": score, "g": gan.g, "x": x[torch.arange(n) % len(x)]},
+        timer = Timer("score(g, x).cpu()", globals={"score": score, "g": gan.g, "x": x[torch.arange(n) % len(x)]},
                       num_threads=torch.get_num_threads())
         result[f"us_{n}"] = 1e6 / n * timer.blocked_autorange(min_run_time=0.2).median
     return result
@@ -524,7 +525,7 @@ def run(s):
     dataset = Path(s.data).resolve().name if s.dataset == "folder" else s.dataset
     folder = Path(s.out, f"{dataset}-{name}-seed{s.seed}{'-val' * s.val}".replace("/", "-"))
     folder.mkdir(parents=True, exist_ok=True)  # now, rather than fail after the training
-    times = max(1, 4000 // len(x)) if s.dataset == "folder" else 1  # the epochs were chosen for as many images
+    times = max(1, 4000 // len(x)) if s.dataset == "folder" else 1  # the default epochs suit about 4000 images
     images = {"train": len(x), "held out": len(x_held), "test": len(x_test), "anomalies": int(y_test.sum())}
     print(f"{folder.name}: training images {len(x)}{f', {times} times an epoch' * (times > 1)}, "
           f"held out {len(x_held)}, {'validation' if s.val else 'test'} {len(x_test)}, "
@@ -542,10 +543,10 @@ def run(s):
 
     torch.manual_seed(s.seed)
     teacher = GAN(s.size, x.shape[1], s.teacher_width, s.z_dim).to(device)
-    torch.manual_seed(s.seed)  # again: a student's initial weights depend on the seed and its own width alone
+    torch.manual_seed(s.seed)  # again: a student's initial weights do not depend on the teacher
     student = GAN(s.size, x.shape[1], s.student_width, s.z_dim).to(device)
     alone, rival, rival_teacher = map(copy.deepcopy, (student, student, teacher))  # equal starts
-    lr_teacher = s.lr_teacher * 128 / s.teacher_width  # so that Adam's steps stay alike (Yang et al. 2021)
+    lr_teacher = s.lr_teacher * 128 / s.teacher_width  # Adam's good rates fall with width (Yang et al. 2021)
     stage("teacher", {teacher: lr_teacher}, s.epochs)
     stage("student_alone", {alone: s.lr_student}, both_steps)
 
@@ -575,7 +576,7 @@ def run(s):
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
         f"{device.type}, {torch.get_num_threads()} threads", "versions": {"python": sys.version.split()[0]}
         | {module.__name__: module.__version__ for module in (torch, torchvision, sklearn)}}
-    # by way of memory: on a full disk torch's functions raise no OSError
+    # in memory first: on a full disk torch's functions raise no OSError
     files = {file: io.BytesIO() for file in ("samples.png", "teacher.pt", "student.pt", "student.pt2", "result.json")}
     save_samples(files["samples.png"], x_test, y_test, teacher, student)
     for net, gan in ("teacher", teacher), ("student", student):
@@ -618,7 +619,7 @@ def score_files(checkpoint, paths, alpha, device):
     files = [file for path in map(Path, paths) for file in (sorted(
         f for f in path.rglob("*") if torchvision.datasets.folder.is_image_file(f.name)) if path.is_dir() else [path])]
     n, broken = len(calibration), 0
-    verdicts = 1 / (n + 1) <= alpha  # the least p-value that there is
+    verdicts = 1 / (n + 1) <= alpha  # the smallest p-value that there is
     if not verdicts:
         print(f"pkdgan.py: no verdicts at --alpha {alpha}: {n} normal images were held out of the training "
               f"(--holdout), {math.ceil(1 / alpha) - 1 if alpha > 0 else 'no number'} would do", file=sys.stderr)
@@ -655,11 +656,11 @@ def parse(argv=None):
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"{what} ({default}{own})", **kind)
     parser.add_argument("--score", nargs="+", metavar=("STUDENT.PT", "IMAGE_OR_FOLDER"),
                         help="score images with a trained student instead of training")
-    parser.add_argument("--alpha", type=float, help="false alarms of --score (0.05)")
+    parser.add_argument("--alpha", type=float, help="share of false alarms that --score accepts (0.05)")
     given, defaults = vars(parser.parse_args(argv)), {name: default for name, (default, _) in SETTINGS.items()}
     s = argparse.Namespace(**defaults | PER_DATASET[given.get("dataset", defaults["dataset"])] | given)
     for name, value in vars(s).items():
-        least, end = 1 if type(value) is int and name != "seed" else 0, 1 if name in ("holdout", "alpha") else 2 ** 31
+        least, end = int(type(value) is int and name != "seed"), 1 if name in ("holdout", "alpha") else 2 ** 31
         if type(value) in (int, float) and not least <= value < end:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least} and less than {end}")
     if s.size < 16 or s.size & (s.size - 1):

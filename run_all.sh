@@ -51,7 +51,7 @@ def results():
     """{run: result} of the runs with a result for these settings. A rival that nobody asked for does no harm."""
     found = {}
     for file in out.glob("*-seed*/result.json"):
-        with suppress(OSError, ValueError, LookupError):  # it is just being replaced, or another program's
+        with suppress(OSError, ValueError, LookupError, TypeError):  # it is just being replaced, or another program's
             result = json.loads(file.read_text())
             found |= {run: result for run, want in wanted.items() if result["settings"]["ablation"] >= want["ablation"]
                       and result["settings"] | {key: want[key] for key in ("out", "device", "ablation")} == want}
