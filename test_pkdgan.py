@@ -1,4 +1,4 @@
-"""Tests of pkdgan.py and run_all.sh: offline, about 4 minutes on two cores. `pytest` runs them all."""
+"""Tests of pkdgan.py and run_all.sh: offline, about 3 minutes on two cores. `pytest` runs them all."""
 import argparse
 import copy
 import hashlib
