@@ -239,7 +239,7 @@ class Decoder(nn.Module):
         """(B, z_dim) -> image (B, C, size, size) in [-1, 1] in float32, stages [(B, c, 4, 4), ... up to size/2]."""
         h = z[:, :, None, None]
         stages = [h := stage(h) for stage in self.stages]
-        return self.head(h).float().contiguous().tanh(), stages
+        return self.head(h).float().contiguous().tanh(), stages  # tanh of the crop as it lies is slow
 
 
 class Generated(NamedTuple):
@@ -273,7 +273,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(Encoder):
-    """An encoder to one number, the logit, high for real. Its last stage are the features f."""
+    """An encoder to one number, the logit, high for real. Its last stage is the features f."""
     def forward(self, x):
         """(B, C, size, size) -> logit (B,), features (B, channels, 4, 4), both in float32."""
         logit, stages = super().forward(x)
