@@ -325,7 +325,7 @@ def distill(teacher, student, x, args, *, epochs, joint, stage, speed, rate=1.0,
 
         # ---- D: minimise kd_adv L_D of the student's; x_hat_t is real, x_hat_s is fake (in step 1
         # ---- Adam cancels the weight). If joint, also either GAN's own L_D
-        logit_t, logit_s = logit(student.d, out_t.x_hat), logit(student.d, out_s.x_hat)
+        logit_s, logit_t = logit(student.d, out_s.x_hat), logit(student.d, out_t.x_hat)
         loss_d = args.kd_adv * discriminator_loss(logit_t, logit_s)
         if joint:
             own_s = discriminator_loss(logit(student.d, x_real), logit_s)
@@ -712,6 +712,7 @@ def score_files(checkpoint, paths, args):
     if not verdicts:
         note(f"no verdicts at --alpha {args.alpha}: only {n} images were held out (--holdout)")
     print("path\tscore\tp-value\tverdict")
+    once = functools.cache(note)
     for file in files:
         try:
             x = read_image(file, size)[None]
@@ -720,6 +721,8 @@ def score_files(checkpoint, paths, args):
             broken += 1
             continue
         if channels == 1:
+            if (x != x[:, :1]).any():
+                once("this student is for grey images: colour is dropped")
             x = x.float().mean(1, keepdim=True).round()
         value = score(gan.g, (x.float() / 127.5 - 1).to(args.device)).cpu()
         p = p_values(value, calibration).item()
