@@ -30,6 +30,7 @@ They learn to reconstruct normal images and their codes. An anomaly's two codes 
 
 import argparse
 import functools
+import io
 import json
 import math
 import os
@@ -616,10 +617,9 @@ def run(args):
     result |= {key: {net: costs[net][key] for net in costs} for key in costs["teacher"]}
     result |= {"images_per_second": speed, "seconds": time.perf_counter() - began}
     result |= {"settings": vars(args)} | origin(x.device)
+    result["ratio"] = costs["teacher"]["flops"] / costs["student"]["flops"]
     print_tables(result)
     save(folder, result, teacher.cpu(), student.cpu(), x_held.cpu(), x_test.cpu(), y_test)
-    print(f"\nin {folder}: result.json, samples.png, teacher.pt, student.pt, student.pt2")
-    print(f"to score images: python pkdgan.py --score {folder}/student.pt IMAGE_OR_FOLDER")
     print(f"RESULT {json.dumps(result)}", flush=True)
     return result
 
@@ -637,16 +637,17 @@ def origin(device):
 
 
 def print_tables(result):
-    """AUROC of each stage and its gain over the student alone, then what the nets cost."""
-    print("\nAUROC in %                      gain")
+    """AUROC of each stage and a student's gain over the student alone, then what the nets cost."""
+    print(f"\n{'AUROC in %':31}gain")
     for stage, value in result["auroc"].items():
         gain = value - result["auroc"]["student_alone"]
-        print(f"{stage.replace('_', ' '):20}{value:6.2f}{gain:+10.2f}")
-    print("\ncost                   teacher     student   ratio")
-    for key in ("params", "flops", "us_1", "us_256"):
+        gain = f"{gain:+10.2f}" if stage in ("step1", "step2", "joint_only") else ""
+        print(f"{stage.replace('_', ' '):18}{value:7.2f}{gain}")
+    print(f"\n{'cost':18}{'teacher':>12}{'student':>12}{'ratio':>8}")
+    names = {"params": "parameters", "flops": "FLOPs an image", "us_1": "us alone"}
+    for key, name in {**names, "us_256": "us in 256"}.items():
         teacher, student = result[key].values()
-        print(f"{key:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
-    result["ratio"] = result["flops"]["teacher"] / result["flops"]["student"]
+        print(f"{name:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
 
 
 @torch.inference_mode()
@@ -668,7 +669,9 @@ def save(folder, result, teacher, student, x_held, x_test, y_test):
             scores = torch.cat([score(gan.g, image) for image in x_held.split(1)])  # as --score
             content = {"version": VERSION, "form": gan.form, "weights": gan.state_dict()}
             content["calibration"] = scores.sort().values
-            torch.save(content, Path(part, name))
+            buffer = io.BytesIO()  # on a full disk torch raises no OSError, write_bytes does
+            torch.save(content, buffer)
+            Path(part, name).write_bytes(buffer.getvalue())
         look = {"nrow": 16, "normalize": True, "value_range": (-1, 1)}
         picture = samples(x_test, y_test, teacher, student)
         torchvision.utils.save_image(picture, Path(part, "samples.png"), **look)
@@ -680,6 +683,8 @@ def save(folder, result, teacher, student, x_held, x_test, y_test):
         exported = torch.export.export(detector, (x_test[:2],), dynamic_shapes=(batch,))
         torch.export.save(exported, Path(part, "student.pt2"))
         Path(part, "student.pt2").replace(folder / "student.pt2")
+    print(f"\nin {folder}: result.json, samples.png, teacher.pt, student.pt, student.pt2")
+    print(f"to score images: python pkdgan.py --score {folder}/student.pt IMAGE_OR_FOLDER")
 
 
 # -------------------------------------------------------------------------- using a trained student

@@ -1,39 +1,95 @@
 #!/usr/bin/env bash
 # Every data set, seed and normal class: runs what has no result yet, then prints the table.
-#
 #   bash run_all.sh                          # MNIST, Fashion-MNIST, CIFAR-10, ten classes, seed 0
 #   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs bash run_all.sh [pkdgan.py's flags]
 #   sbatch --array=0-29 run_all.sh           # Slurm: each task of the array does its share
 #   JOBS=0 bash run_all.sh                   # nothing but the table of what there is
-#
 # JOBS runs go at a time and share the cores. Each has a log in OUT, and a folder with its result.
 # Stop this however you like and start it again: what has a result of the same settings is skipped.
 set -euo pipefail -f
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) PYTHON=$(command -v python || command -v python3)
 [ -f "$HERE/pkdgan.py" ] || HERE=$SLURM_SUBMIT_DIR # Slurm starts a copy that lies elsewhere
-PYTHON=$(command -v python || command -v python3)
-JOBS=${JOBS:-1} OUT=${OUT:-runs} BEGAN=$(date +%s)
+DATASETS=${DATASETS:-mnist fmnist cifar10} NORMALS=${NORMALS:-0 1 2 3 4 5 6 7 8 9}
+SEEDS=${SEEDS:-0} JOBS=${JOBS:-1} OUT=${OUT:-runs} BEGAN=$(date +%s)
 fail() { echo "run_all.sh: $*" >&2 && exit 2; }
 [[ $JOBS =~ ^[0-9]+$ ]] || fail "JOBS=$JOBS must be a number"
 for flag; do case $flag in --dataset* | --normal* | --seed* | --out* | --score*)
   fail "$flag: set DATASETS, NORMALS, SEEDS or OUT before the command instead" ;; esac; done
-
-runs=()
-for dataset in ${DATASETS:-mnist fmnist cifar10}; do
-  for seed in ${SEEDS:-0}; do
-    for normal in ${NORMALS:-0 1 2 3 4 5 6 7 8 9}; do runs+=("$dataset $seed $normal"); done
-  done
-done
-[ ${#runs[@]} -gt 0 ] || fail "nothing to run: DATASETS, NORMALS or SEEDS is blank"
+RUNS=$(for d in $DATASETS; do for s in $SEEDS; do for n in $NORMALS; do echo "$d $s $n"; done; done; done)
+[ -n "$RUNS" ] || fail "nothing to run: DATASETS, SEEDS or NORMALS is blank"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  shares=${SLURM_ARRAY_TASK_COUNT:-${#runs[@]}}
+  shares=${SLURM_ARRAY_TASK_COUNT:-$(wc -l <<<"$RUNS")}
   share=$(((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1}))
   ((share < shares)) || fail "--array must be one range, such as 0-29"
-  for i in "${!runs[@]}"; do ((i % shares == share)) || unset "runs[i]"; done
+  RUNS=$(awk "(NR - 1) % $shares == $share" <<<"$RUNS")
 fi
-
-results() { # results todo|table FLAGS: the runs to do, as "DATASET SEED NORMAL LOG", or the table
-  printf '%s\n' "${runs[@]}" >"$OUT/.runs.$$"
-  HERE=$HERE RUNS="$OUT/.runs.$$" OUT=$OUT "$PYTHON" - "$@" <<'END'
+results() { # results todo FLAGS: a line "DATASET SEED NORMAL LOG" for each; results table FLAGS
+  "$PYTHON" - "$@" <<'END'
+import json, os, sys
+from contextlib import suppress
+from pathlib import Path
+from statistics import mean, stdev
+sys.path.insert(0, os.environ["HERE"])
+import pkdgan, torch
+(mode, *flags), out, have, got, asked = sys.argv[1:], Path(os.environ["OUT"]), [], {}, []
+for file in out.glob("*-seed*/result.json"):
+    with suppress(OSError, ValueError, LookupError, TypeError):  # another program's, half replaced
+        r = json.loads(file.read_text())
+        r["auroc"]["gain"] = r["auroc"]["step2"] - r["auroc"]["student_alone"]
+        have += [r] * (r["version"] == pkdgan.VERSION)
+for d, s, n in map(str.split, os.environ["RUNS"].splitlines()):
+    want = vars(pkdgan.parse([*flags, "--dataset", d, "--seed", s, "--normal", n]))
+    title = Path(want["data"]).resolve().name if d == "folder" else d
+    asked.append((title, s, n))
+    bf16 = pkdgan.native_bf16(torch.device(want["device"]).type)
+    for r in have:  # a rival that nobody asked for does no harm; a table may be made elsewhere
+        free = {key: r["settings"][key] for key in ("out", "device", "alpha", "normal", "score")}
+        free["ablation"] = want["ablation"] or r["settings"]["ablation"]
+        if want | free == r["settings"] and n in (r["normal"], free["normal"]):
+            got |= {asked[-1]: r} if r["bf16"] == bf16 or mode == "table" else {}
+    if mode == "todo" and asked[-1] not in got:
+        print(d, s, n, out / f"{title}-{n}-seed{s}.log".replace("/", "-"))
+if len({id(r) for r in got.values()}) < len(got):
+    sys.exit("run_all.sh: NORMALS names one class twice")
+for title in dict.fromkeys(title for title, *_ in asked) if mode == "table" else ():
+    seeds, normals = (list(dict.fromkeys(run[i] for run in asked if run[0] == title)) for i in (1, 2))
+    mine = [r for run, r in got.items() if run[0] == title]
+    keys = ["teacher", "student_alone", "step1", "step2", "gain", "joint_only"]
+    keys = keys if any("joint_only" in r["auroc"] for r in mine) else keys[:-1]
+    print(f"\n| {title} | {' | '.join(keys)} | seeds |\n|" + "---|" * (len(keys) + 2))
+    for name, group in [*((n, [n]) for n in normals), ("mean", normals)]:
+        full = [s for s in seeds if all((title, s, n) in got for n in group)]
+        for key in keys:  # mean ± std over the seeds that have the whole group
+            values = [[got[title, s, n]["auroc"].get(key) for n in group] for s in full]
+            means = [mean(value) for value in values if None not in value]
+            name += f" | {mean(means):{'+' * (key == 'gain')}.2f}" if means else " | missing"
+            name += f" ± {stdev(means):.2f}" if len(means) > 1 else ""
+        print(f"| {name} | {len(full)} of {len(seeds)} |")
+    print(*{f"\nAUROC in %, {r['split']} split, {r['device']}, torch {r['versions']['torch']}, bfloat16 "
+            f"{r['bf16']}, FLOPs {r['ratio']:.2f} : 1" for r in mine}, sep="")
+sys.exit(mode == "table" and len(got) < len(asked))
 END
 }
+one() { # one "DATASET SEED NORMAL LOG" FLAGS
+  local dataset seed normal log todo=1 failed=0 && read -r dataset seed normal log <<<"$1" && shift
+  exec 9>>"$log" # what outlived a killed run_all.sh has its log locked: await its end, look again
+  flock -n 9 2>/dev/null || { flock 9; todo=$(RUNS="$dataset $seed $normal" results todo "$@"); }
+  [ -z "$todo" ] || "$PYTHON" "$HERE/pkdgan.py" "$@" --dataset "$dataset" --normal "$normal" \
+    --seed "$seed" --out "$OUT" >"$log" 2>&1 </dev/null || failed=1
+  local n=$(echo >>"$TALLY"; wc -l <"$TALLY")
+  echo "[$n/$TODO] $log, $((($(date +%s) - BEGAN) * (TODO - n) / n / 60)) min left"
+  ((failed == 0)) || { echo "no result: $log: $(tail -n 1 "$log")" >&2 && return 1; }
+}
+export HERE PYTHON OUT BEGAN RUNS TALLY OMP_NUM_THREADS TODO
+export -f one results
+if ((JOBS > 0)); then
+  todo=$(results todo "$@")
+  TODO=$(grep -c . <<<"$todo" || true) TALLY=$(mktemp)
+  echo "$(wc -l <<<"$RUNS") runs, $(($(wc -l <<<"$RUNS") - TODO)) of them finished before; logs in $OUT"
+  cores=${OMP_NUM_THREADS:-${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN)}}
+  OMP_NUM_THREADS=$((cores > JOBS ? cores / JOBS : 1)) && mkdir -p "$OUT"
+  trap 'echo "interrupted; the same command goes on from here" >&2; exit 130' INT
+  printf %s "$todo" | tr '\n' '\0' | xargs -0 -P "$JOBS" -I{} bash -c 'one "$@"' _ {} "$@" || failed=1
+fi
+[ -n "${SLURM_ARRAY_TASK_ID:-}" ] || results table "$@"
+exit "${failed:-0}"

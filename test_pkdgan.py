@@ -2,12 +2,14 @@
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,7 +165,8 @@ def test_training_passes_return_float32():
 
 
 @pytest.mark.parametrize("dataset, ratio", [("cifar10", 24.45), ("mnist", 311.11), ("fmnist", 700)])
-def test_default_widths_reach_the_papers_ratios(dataset, ratio):
+def test_default_widths_reach_the_papers_ratios(dataset, ratio, monkeypatch):
+    monkeypatch.setattr(pk.timeit, "repeat", lambda *_, **__: [1.0])  # only counting here
     s, channels = pk.parse(["--dataset", dataset]), 3 if dataset == "cifar10" else 1
     x = torch.zeros(1, channels, s.size, s.size)
     widths = s.teacher_width, s.student_width
@@ -613,7 +616,9 @@ def test_default_command(tmp_path):
         assert len(lines) == epochs
         assert all("images/s" in line and "s left" in line for line in lines)
     gain = result["auroc"]["step2"] - result["auroc"]["student_alone"]
-    assert re.search(rf"step2 +{result['auroc']['step2']:.2f} +{gain:+.2f}\n", done.stdout)
+    assert re.search(
+        rf"step2 +{result['auroc']['step2']:.2f} +{re.escape(f'{gain:+.2f}')}\n", done.stdout
+    )
     folder = tmp_path / "runs" / "digits-8-seed0"
     assert sorted(f.name for f in (tmp_path / "runs").rglob("*.*")) == [
         "result.json",
@@ -688,7 +693,7 @@ BAD_INPUT = [  # exit code, words of the message, flags
     (1, ["bad truncated/train/good/1.png"], [*FOLDER, "bad truncated"]),
     (1, ["bad 16 bits/train/good/1.png", "8 bits"], [*FOLDER, "bad 16 bits"]),
     (1, ["teacher 1/20", "nan", "learning rates"], ["--lr-teacher", "1e9"]),
-    (1, ["File exists", "a file"], ["--out", "a file"]),
+    (1, ["Not a directory", "a file"], ["--out", "a file"]),
     (1, ["/proc"], ["--out", "/proc"]),
     (2, ["test_size"], ["--holdout", "1"]),
     (1, ["memory"], ["--teacher-width", "1000000"]),
@@ -747,7 +752,8 @@ def test_disk_full_leaves_no_half_written_file(tmp_path):
     limit = 10_000  # bytes a file may have: less than a checkpoint
     full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
     done = command(*TINY, cwd=tmp_path, **full)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "write" in done.stderr
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "File too large" in done.stderr
     assert re.search(r"step2 +\d", done.stdout)  # the figures are not lost
     assert files_in(tmp_path / "runs") == []
 
@@ -921,14 +927,15 @@ def test_colour_that_a_grey_student_drops_is_mentioned_once(tmp_path, capsys):
     assert len(scored(out)) == 3 and len(err.splitlines()) == 1 and "colour" in err
 
 
-def test_file_names_of_any_characters(tmp_path):
+def test_file_names_of_any_characters(tmp_path, monkeypatch):
     student = save_student(tmp_path / "student.pt", gan(2), torch.arange(99.0))
     for name in ("b\u00e4r", "tab\there", "new\nline"):
         png(tmp_path / f"{name}.png", torch.zeros(1, 16, 16))
-    flags = ["--score", student, str(tmp_path)]
-    done = command(*flags, cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
-    names = [Path(line[0]).name for line in scored(done.stdout)]
-    assert names == ["b\\xe4r.png", "new\\nline.png", "tab\\there.png"] and done.returncode == 0
+    stdout = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stdout, encoding="ascii"))
+    assert pk.main(["--score", student, str(tmp_path)]) == 0
+    names = [Path(line[0]).name for line in scored(stdout.getvalue().decode("ascii"))]
+    assert names == ["b\\xe4r.png", "new\\nline.png", "tab\\there.png"]
 
 
 @pytest.mark.parametrize(
@@ -1006,3 +1013,227 @@ def test_samples_show_what_they_say(trained):
             x = x_test[i][None]
             for row, expected in enumerate((x, teacher(x).x_hat, student(x).x_hat)):
                 assert torch.allclose(shown(row, column), expected[0, 0], atol=0.02)
+
+
+# ------------------------------------------------------------------------------------- run_all.sh
+
+FAST = ["--size", "16", "--teacher-width", "4", "--student-width", "2"]
+FAST += ["--epochs", "1", "--epochs1", "1", "--epochs2", "1"]
+KILLABLE = ["--epochs", "9"]
+NO_RESULT = ["missing"] * 5
+
+
+def run_all(out, *flags, start=subprocess.run, cwd=None, script=HERE / "run_all.sh", **variables):
+    """run_all.sh on digits, classes 0 and 1, in a session of its own."""
+    env = ENVIRONMENT | {"DATASETS": "digits", "NORMALS": "0 1", "OUT": str(out)} | variables
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    own = {"cwd": cwd or out.parent, "env": env, "start_new_session": True}
+    return start(["bash", str(script), *FAST, *flags], **pipes, **own)
+
+
+def fake_result(out, normal, seed, *flags, **auroc):
+    """A result.json as a run of run_all() writes it, with given AUROCs."""
+    s = vars(pk.parse([*FAST, *flags, "--normal", str(normal), "--seed", str(seed)]))
+    folder = out / f"digits-{normal}-seed{seed}"
+    folder.mkdir(parents=True)
+    auroc = {"teacher": 90, "student_alone": 80, "step1": 85, "step2": 88} | auroc
+    result = {"settings": s, "auroc": auroc, "normal": str(normal), "split": "test", "ratio": 9.5}
+    result |= {"device": "cpu", "versions": {"torch": "2"}, "version": pk.VERSION}
+    result |= {"bf16": pk.native_bf16("cpu")}
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder / "result.json"
+
+
+def change(file, **content):
+    file.write_text(json.dumps(json.loads(file.read_text()) | content))
+
+
+def rows(stdout):
+    """{first cell: the others} of the tables in a text."""
+    lines = [line.strip("| ").split("|") for line in stdout.splitlines() if line.startswith("| ")]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+def test_run_all_two_at_a_time_lists_what_failed_then_skips(tmp_path):
+    out = tmp_path / "my runs"
+    done = run_all(out, JOBS="2", NORMALS="99 0 1")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.match(r"no result: .*digits-99-seed0.log: pkdgan.py: --normal 99: ", done.stderr)
+    files = {n: out / f"digits-{n}-seed0" / "result.json" for n in "01"}
+    table = rows(done.stdout)
+    assert table["99"] == table["mean"] == [*NO_RESULT, "0 of 1"]
+    for n, file in files.items():
+        auroc = json.loads(file.read_text())["auroc"]
+        gain = auroc["step2"] - auroc["student_alone"]
+        keys = ("teacher", "student_alone", "step1", "step2")
+        cells = [*(f"{auroc[key]:.2f}" for key in keys), f"{gain:+.2f}", "1 of 1"]
+        assert table[n] == cells
+        log = (out / f"digits-{n}-seed0.log").read_text()
+        assert log.splitlines()[-1].startswith("RESULT ")
+    assert "[3/3] " in done.stdout and "0 min left" in done.stdout
+    logs = {log: log.stat().st_mtime_ns for log in out.glob("*.log")}
+    again = run_all(out)
+    assert "2 runs, 2 of them finished before" in again.stdout and again.returncode == 0
+    assert again.stderr == "" and rows(again.stdout)["0"] == table["0"] and len(logs) == 3
+    assert {log: log.stat().st_mtime_ns for log in out.glob("*.log")} == logs
+
+
+def kill_and_start_again(victim, out):
+    finished = fake_result(out, 0, 0, *KILLABLE)
+    killed = run_all(out, *KILLABLE, start=subprocess.Popen)
+    log = out / "digits-1-seed0.log"
+    while not (log.exists() and "teacher 2/9" in log.read_text()):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL if victim == "everything" else signal.SIGSTOP)
+    killed.kill()  # alone, its run goes on, and must be neither lost nor done twice
+    killed.wait()
+    before, kept = log.read_text(), finished.stat().st_mtime_ns
+    again = run_all(out, *KILLABLE, start=subprocess.Popen)
+    assert "2 runs, 1 of them finished before" in again.stdout.readline()
+    if victim != "everything":
+        time.sleep(0.5)  # it waits for the run that it has not started
+        os.killpg(killed.pid, signal.SIGCONT)
+    table = rows(again.communicate(timeout=170)[0])
+    assert again.returncode == 0 and table["0"][0] == "90.00"
+    assert finished.stat().st_mtime_ns == kept and table["1"][-1] == "1 of 1"
+    text = log.read_text()
+    assert text.count("RESULT") == text.count("teacher 1/9") == 1
+    assert text.startswith(before) == (victim != "everything")  # gone on with, or begun anew
+
+
+def test_run_all_killed_and_started_again(tmp_path):
+    victims = ("everything", "run_all.sh alone")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: kill_and_start_again(name, tmp_path / name), victims))
+
+
+def test_run_all_shares_out_a_slurm_array(tmp_path):
+    out = tmp_path / "runs"
+
+    def task(number, **array):  # array: of --array=3-7:2
+        variables = {f"SLURM_ARRAY_TASK_{key}": value for key, value in array.items()}
+        variables |= {"SLURM_ARRAY_TASK_ID": number, "NORMALS": "0 1 2 3 4"}
+        return run_all(out, **variables)
+
+    for n in "013":
+        fake_result(out, n, 0)
+    last = task("7", MIN="3", STEP="2", COUNT="3")
+    assert last.returncode == 0 and [file.name for file in out.glob("*.log")] == [
+        "digits-2-seed0.log"
+    ]
+    assert "1 runs, 0 of them" in last.stdout and not rows(last.stdout)  # no table of a share
+    first = task("3", MIN="3", STEP="2", COUNT="3")
+    assert "2 runs, 2 of them" in first.stdout and first.returncode == 0
+    gap = task("7", MIN="3", COUNT="2")  # --array=3,7
+    assert gap.returncode == 2 and "--array" in gap.stderr and len(gap.stderr.splitlines()) == 1
+
+
+def test_run_all_table_by_hand(tmp_path):
+    out = tmp_path / "runs"
+    for seed, alone, step2 in ((0, 80, 90), (1, 84, 92)):
+        fake_result(out, 0, seed, student_alone=alone, step2=step2)
+    fake_result(out, 1, 0, "--ablation", student_alone=70, step2=60, joint_only=50)
+    fake_result(out, 2, 0, "--kd-adv", "0.5")  # another experiment
+    done = run_all(out, JOBS="0", NORMALS="0 1 2", SEEDS="0 1")
+    table = rows(done.stdout)
+    assert done.returncode == 1 and done.stderr == "" and "9.50 : 1" in done.stdout
+    means = ["90.00 ± 0.00", "82.00 ± 2.83", "85.00 ± 0.00", "91.00 ± 1.41", "+9.00 ± 1.41"]
+    assert table["0"] == [*means, "missing", "2 of 2"]
+    assert table["1"] == ["90.00", "70.00", "85.00", "60.00", "-10.00", "50.00", "1 of 2"]
+    assert table["2"] == [*NO_RESULT, "missing", "0 of 2"]
+    assert table["mean"] == table["2"]  # never the mean of those that there are
+    table = rows(run_all(out, JOBS="0", SEEDS="0 1").stdout)
+    means = ["90.00", "75.00", "85.00", "75.00", "+0.00"]
+    assert table["mean"] == [*means, "missing", "1 of 2"]
+    table = rows(run_all(out, "--ablation", JOBS="0").stdout)  # a result without rival is none then
+    assert table["0"] == [*NO_RESULT, "missing", "0 of 1"] and table["1"][5] == "50.00"
+
+
+def test_run_all_takes_no_result_of_another_version_or_precision(tmp_path):
+    out = tmp_path / "runs"
+    change(fake_result(out, 0, 0), version=pk.VERSION - 1)
+    change(fake_result(out, 1, 0), bf16=not pk.native_bf16("cpu"))
+    change(fake_result(out, 2, 0), auroc={})
+    (out / "x-seed0").mkdir()
+    (out / "x-seed0" / "result.json").write_text("[1]")
+    table = rows(run_all(out, JOBS="0", NORMALS="0 1 2").stdout)
+    assert table["0"] == table["2"] == [*NO_RESULT, "0 of 1"] and table["1"][-1] == "1 of 1"
+    starting = run_all(out, start=subprocess.Popen)
+    assert "2 runs, 0 of them finished before" in starting.stdout.readline()
+    os.killpg(starting.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "flags, variables, words",
+    [
+        ([], {"DATASETS": "digits nosuch"}, ["nosuch", "fmnist"]),
+        (["--seed", "5"], {}, ["--seed", "SEEDS"]),
+        (["--normal=7"], {}, ["--normal", "NORMALS"]),
+        (["--dataset", "mnist"], {}, ["--dataset", "DATASETS"]),
+        (["--out", "other"], {}, ["--out", "OUT"]),
+        ([], {"NORMALS": " "}, ["nothing to run"]),
+        ([], {"DATASETS": " "}, ["nothing to run"]),
+        ([], {"JOBS": "many"}, ["JOBS=many"]),
+    ],
+)
+def test_run_all_starts_nothing_on_a_usage_error(flags, variables, words, tmp_path):
+    done = run_all(tmp_path / "runs", *flags, **variables)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert all(word in done.stderr for word in words), done.stderr
+    assert done.stdout == "" and not (tmp_path / "runs").exists()
+
+
+def test_run_all_where_out_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run_all(tmp_path / "file")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "file" in done.stderr
+
+
+def test_run_all_takes_folders_from_where_it_is_called(tmp_path):
+    """Also: a class named twice, by index and by name, is no second run."""
+    make_folder(tmp_path / "here" / "parts")
+    flags = ["--data", "parts", "--holdout", "0", "--epoch-images", "0"]
+    how = {"DATASETS": "folder", "cwd": tmp_path / "here"}
+    done = run_all(Path("mine"), *flags, NORMALS="good", **how)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "here" / "mine" / "parts-good-seed0" / "result.json").exists()
+    twice = run_all(Path("mine"), *flags, NORMALS="good 0", **how)
+    assert twice.returncode == 1 and "names one class twice" in twice.stderr
+
+
+def test_run_all_where_there_is_only_python3(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "date", "dirname", "cat"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    (tmp_path / "bin" / "python3").write_text("#!/bin/bash\ncat >/dev/null; echo called $*")
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    done = run_all(tmp_path / "runs", JOBS="0", PATH=str(tmp_path / "bin"))
+    assert done.stdout == " ".join(["called - table", *FAST]) + "\n" and done.stderr == ""
+
+
+# -------------------------------------------------------------------------------------- the texts
+
+
+def test_readme_names_what_there_is():
+    readme = (HERE / "README.md").read_text()
+    named = set(re.findall(r"`([a-z_]+)\(", readme))
+    assert {name for name in named if not hasattr(pk, name)} == set()
+    losses = {name for name in vars(pk) if name.endswith("_loss")}
+    assert losses <= named and len(losses) == 8
+    known = {"--" + name.replace("_", "-") for name in vars(SETTINGS)} | {"--array", "--help"}
+    shell = {"--no-flip", "--upgrade"}
+    assert set(re.findall(r"(?<=[ `])--[a-z][a-z0-9-]+", readme)) <= known | shell
+
+
+def test_help_shows_the_settings(capsys):
+    assert exit_code("--help") == 0
+    text = capsys.readouterr().out
+    assert '"kd_adv": 0.1,  # weight' in text and "--kd-adv" in text and "--no-flip" in text
+    assert '"mnist": {"student_width": 6' in text
+
+
+def test_everything_public_has_a_docstring():
+    for name, item in vars(pk).items():
+        if getattr(item, "__module__", "") == "pkdgan":
+            assert item.__doc__, name
