@@ -7,7 +7,7 @@
     python pkdgan.py                                                # scikit-learn's digits
     python pkdgan.py --dataset cifar10 --normal 3                   # the paper's experiment
     python pkdgan.py --dataset folder --data parts --normal good    # your own images
-    python pkdgan.py --score runs/parts-good-seed0/student.pt new   # how anomalous is what is in new?
+    python pkdgan.py --score runs/parts-good-seed0/student.pt new   # how anomalous are these?
 
 Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for One-class Novelty
 Detection", IJCAI 2020 (arXiv 2007.06963). Its full text was not at hand: [paper] marks what its
