@@ -56,6 +56,7 @@ from torchvision.transforms import functional as TF
 VERSION = 2  # of the method and the files: raised when a change makes earlier results incomparable
 
 # ----------------------------------------------------------------------------------------- settings
+# PER_DATASET below overrides these, for digits, the default data set, too.
 SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for flip
     "dataset": "digits",  # digits, mnist, fmnist, cifar10 or folder
     "normal": "0",  # the normal class, by index or name
@@ -147,7 +148,7 @@ class Blocks(nn.Module):
 
 
 def block_widths(size, width):
-    """Channels of the blocks down to 4 x 4, doubling up to 8 times (DCGAN, Radford et al. 2016).
+    """Channels of the blocks down to 4 x 4: doubling, at most 8 * width (Radford et al. 2016).
     By hand: block_widths(32, 128) = [128, 256, 512]"""
     return [width * 2 ** min(i, 3) for i in range(int(math.log2(size)) - 2)]
 
@@ -235,7 +236,7 @@ class GAN(nn.Module):
 
 
 def discriminator_loss(logit_real, logit_fake):
-    """L_D = -1/2 E[log sigmoid(D(real))] - 1/2 E[log(1 - sigmoid(D(fake)))] of logits (B,)
+    """L_D = -1/2 E[log sigmoid(D(real))] - 1/2 E[log(1 - sigmoid(D(fake)))] of logits (B, 1)
     (Goodfellow et al. 2014). By hand: discriminator_loss([0.], [0.]) = -log(1/2) = 0.6931"""
     return (F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()) / 2
 
@@ -269,12 +270,9 @@ def intermediate_distillation_loss(hidden_t, hidden_s, x_hat_t, x_hat_s):
     """L_inter = mean over blocks of E over images of ||Q_t - Q_s||_2^2 [ours]
     + E[|x_hat_t - x_hat_s|] [paper].
     By hand, with one block, Q_t = [1, 0], Q_s = [0, 1], x_hat_t = [1.], x_hat_s = [0.5]: 2.5"""
-    distance = 0
-    for h_t, h_s in zip(hidden_t, hidden_s, strict=True):
-        distance = (
-            distance + (attention_map(h_t.detach()) - attention_map(h_s)).square().sum(1).mean()
-        )
-    return distance / len(hidden_t) + F.l1_loss(x_hat_s, x_hat_t.detach())
+    maps = zip(map(attention_map, hidden_t), map(attention_map, hidden_s), strict=True)
+    distances = [(q_t.detach() - q_s).square().sum(1).mean() for q_t, q_s in maps]
+    return sum(distances) / len(distances) + F.l1_loss(x_hat_s, x_hat_t.detach())
 
 
 def latent_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
@@ -295,7 +293,7 @@ def train_gan(gan, x, args, *, epochs, lr, stage, speed):
     Notes images per second in speed[stage]. Raises FloatingPointError if a loss is not finite."""
     gan.train()
     opt = adam({gan: lr})
-    for x_real, log in batches(x, args, epochs, stage, speed, opt):
+    for x_real, log in batches(x, args, epochs, stage, speed, opt):  # steps the rate, prints
         out = amp(gan.g, x_real)
 
         # ---- D: minimise L_D; x is real, x_hat is fake
@@ -311,10 +309,10 @@ def train_gan(gan, x, args, *, epochs, lr, stage, speed):
 
 
 def distill(teacher, student, x, args, *, epochs, joint, stage, speed, rate=1.0, first_epoch=0):
-    """Train a student from a teacher on images x (N, C, size, size). The teacher is frozen and the
-    student has distillation losses only (step 1); or, if joint, both learn, with train_gan's losses
-    besides (step 2). rate: share of the learning rates in args. Batches go on as after first_epoch
-    epochs. Notes and raises as train_gan."""
+    """Train a student from a teacher on images x (N, C, size, size). Step 1: the teacher is frozen,
+    the student learns from distillation losses alone. Step 2, joint: the student has its own GAN's
+    losses besides; the teacher trains on by its own, as in train_gan. rate: share of the learning
+    rates in args. Batches go on as after first_epoch epochs. Notes and raises as train_gan."""
     student.train()
     teacher.train(joint).requires_grad_(joint)  # frozen: no gradient; it has no buffers to update
     rates = {student: rate * args.lr_student}
@@ -324,27 +322,27 @@ def distill(teacher, student, x, args, *, epochs, joint, stage, speed, rate=1.0,
     for x_real, log in batches(x, args, epochs, stage, speed, opt, first_epoch):
         out_t, out_s = amp(teacher.g, x_real), amp(student.g, x_real)
 
-        # ---- D: minimise kd_adv L_D of the student's; x_hat_t is real, x_hat_s is fake (in step 1
-        # ---- Adam cancels the weight). If joint, also either GAN's own L_D
+        # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake (in step 1 Adam
+        # ---- cancels the weight). If joint, both D have their own L_D, too
         logit_s, logit_t = logit(student.d, out_s.x_hat), logit(student.d, out_t.x_hat)
         loss_d = args.kd_adv * discriminator_loss(logit_t, logit_s)
         if joint:
-            own_s = discriminator_loss(logit(student.d, x_real), logit_s)
-            own_t = discriminator_loss(logit(teacher.d, x_real), logit(teacher.d, out_t.x_hat))
-            loss_d = loss_d + own_s + own_t
+            d_s = discriminator_loss(logit(student.d, x_real), logit_s)
+            d_t = discriminator_loss(logit(teacher.d, x_real), logit(teacher.d, out_t.x_hat))
+            loss_d = loss_d + d_s + d_t
         update(loss_d, [gan.d for gan in rates], opt)
 
-        # ---- G: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd of the
-        # ---- student's. If joint, also either GAN's own L_G
+        # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent
+        # ---- + kd_adv L_adv_kd. If joint, both G have their own L_G, too
         f_t, f_s = features(student.d, out_t.x_hat), features(student.d, out_s.x_hat)
         inter = intermediate_distillation_loss(out_t.hidden, out_s.hidden, out_t.x_hat, out_s.x_hat)
         latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
         adv_kd = adversarial_distillation_loss(f_t, f_s)
         loss_g = args.kd_inter * inter + args.kd_latent * latent + args.kd_adv * adv_kd
         if joint:
-            own_s = generator_loss(student, x_real, out_s, f_s, args)
-            own_t = generator_loss(teacher, x_real, out_t, features(teacher.d, out_t.x_hat), args)
-            loss_g = loss_g + own_s + own_t
+            g_s = generator_loss(student, x_real, out_s, f_s, args)
+            g_t = generator_loss(teacher, x_real, out_t, features(teacher.d, out_t.x_hat), args)
+            loss_g = loss_g + g_s + g_t
         update(loss_g, [gan.g for gan in rates], opt)
 
         log.append(torch.stack([loss_d, loss_g]).detach())
@@ -665,24 +663,27 @@ def samples(x, y, teacher, student):
 def save(folder, result, teacher, student, x_held, x_test, y_test):
     """Write the nets as step 2 left them, samples.png, result.json and the exported student."""
     with tempfile.TemporaryDirectory(dir=folder) as part:  # files appear whole or not at all
+        part = Path(part)
         for name, gan in ("teacher.pt", teacher), ("student.pt", student):
             scores = torch.cat([score(gan.g, image) for image in x_held.split(1)])  # as --score
             content = {"version": VERSION, "form": gan.form, "weights": gan.state_dict()}
             content["calibration"] = scores.sort().values
             buffer = io.BytesIO()  # on a full disk torch raises no OSError, write_bytes does
             torch.save(content, buffer)
-            Path(part, name).write_bytes(buffer.getvalue())
+            (part / name).write_bytes(buffer.getvalue())
         look = {"nrow": 16, "normalize": True, "value_range": (-1, 1)}
         picture = samples(x_test, y_test, teacher, student)
-        torchvision.utils.save_image(picture, Path(part, "samples.png"), **look)
-        Path(part, "result.json").write_text(json.dumps(result, indent=1))
-        for file in sorted(Path(part).iterdir(), reverse=True):  # the result last
+        torchvision.utils.save_image(picture, part / "samples.png", **look)
+        (part / "result.json").write_text(json.dumps(result, indent=1))
+        for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
             file.replace(folder / file.name)
+        # The export comes last: where this torch fails at it, nothing else is lost.
+        (folder / "student.pt2").unlink(missing_ok=True)
         batch = {0: torch.export.Dim("batch", max=2**20)}
         detector = Detector(student.g).requires_grad_(False)
         exported = torch.export.export(detector, (x_test[:2],), dynamic_shapes=(batch,))
-        torch.export.save(exported, Path(part, "student.pt2"))
-        Path(part, "student.pt2").replace(folder / "student.pt2")
+        torch.export.save(exported, part / "student.pt2")
+        (part / "student.pt2").replace(folder / "student.pt2")
     print(f"\nin {folder}: result.json, samples.png, teacher.pt, student.pt, student.pt2")
     print(f"to score images: python pkdgan.py --score {folder}/student.pt IMAGE_OR_FOLDER")
 
