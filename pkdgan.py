@@ -322,8 +322,8 @@ def distill(teacher, student, x, args, *, epochs, joint, stage, speed, rate=1.0,
     for x_real, log in batches(x, args, epochs, stage, speed, opt, first_epoch):
         out_t, out_s = amp(teacher.g, x_real), amp(student.g, x_real)
 
-        # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake (in step 1 Adam
-        # ---- cancels the weight). If joint, both D have their own L_D, too
+        # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake (in step 1
+        # ---- Adam cancels the weight). If joint, both D have their own L_D, too
         logit_s, logit_t = logit(student.d, out_s.x_hat), logit(student.d, out_t.x_hat)
         loss_d = args.kd_adv * discriminator_loss(logit_t, logit_s)
         if joint:
