@@ -101,16 +101,17 @@ PER_DATASET = {  # widths reach the paper's ratios: CIFAR-10 24.45, MNIST 311.11
 
 def parse(argv=None):
     """Settings (a namespace) from a command line, sys.argv by default. Exits with code 2."""
-    settings = Path(__file__).read_text().partition("# --")[2].partition("\n\n\n")[0]
+    shown = Path(__file__).read_text().partition("# --")[2].partition("\n\n\n")[0]
     raw = argparse.RawDescriptionHelpFormatter  # --help shows the settings as they stand above
-    parser = argparse.ArgumentParser("pkdgan.py", epilog=settings, formatter_class=raw)
-    parser.usage, parser.allow_abbrev = argparse.SUPPRESS, False
+    parser = argparse.ArgumentParser(
+        "pkdgan.py", argparse.SUPPRESS, epilog=shown, formatter_class=raw, allow_abbrev=False
+    )
     parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
     for name, default in SETTINGS.items():
-        kind = {"type": type(default), "choices": PER_DATASET if name == "dataset" else None}
+        how = {"type": type(default), "choices": PER_DATASET if name == "dataset" else None}
         if isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + name.replace("_", "-"), default=default, **kind)
+            how = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument("--" + name.replace("_", "-"), default=default, **how)
     parser.set_defaults(**PER_DATASET[parser.parse_args(argv).dataset])
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
@@ -507,8 +508,8 @@ def read_image(path, size):
 def load_folder(root, size):
     """load_images() of train/<class>/* and test/<class>/* under root, the layout of MVTec AD."""
     read = functools.partial(read_image, size=size)
-    train = torchvision.datasets.ImageFolder(root / "train", loader=read)
-    test = torchvision.datasets.ImageFolder(root / "test", loader=read)
+    folder = torchvision.datasets.ImageFolder
+    train, test = (folder(root / split, loader=read) for split in ("train", "test"))
     x, x_test = (torch.stack([image for image, _ in split]) for split in (train, test))
     c_test = [train.class_to_idx.get(test.classes[k], -1) for k in test.targets]  # -1: not in train
     if all((images == images[:, :1]).all() for images in (x, x_test)):
@@ -732,9 +733,11 @@ def score_files(checkpoint, paths, args):
             x = x.float().mean(1, keepdim=True).round()
         value = score(gan.g, (x.float() / 127.5 - 1).to(args.device)).cpu()
         p = p_values(value, calibration).item()
-        verdict = ("anomaly" if p <= args.alpha else "normal") if verdicts else ""
+        verdict = "anomaly" if p <= args.alpha else "normal"
         name = str(file).translate({9: "\\t", 10: "\\n", 13: "\\r"})  # one line, four columns
-        print(f"{name}\t{value.item():.5g}\t{f'{p:.4g}' * (n > 0)}\t{verdict}", flush=True)
+        print(
+            f"{name}\t{value.item():.5g}\t{f'{p:.4g}' * (n > 0)}\t{verdict * verdicts}", flush=True
+        )
     if broken or not files:
         raise OSError(f"{broken} of {len(files)} images could not be scored")
 
@@ -763,7 +766,7 @@ def main(argv=None):
     except Exception as error:
         if sys.flags.dev_mode:  # python -X dev
             raise
-        note(f"{error}")
+        note(error)
         return 2 if isinstance(error, ValueError) else 1
 
 

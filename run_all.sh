@@ -21,7 +21,7 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   shares=${SLURM_ARRAY_TASK_COUNT:-$(wc -l <<<"$RUNS")}
   share=$(((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1}))
   ((share < shares)) || fail "--array must be one range, such as 0-29"
-  RUNS=$(awk "(NR - 1) % $shares == $share" <<<"$RUNS")
+  RUNS=$(awk "(NR - 1) % $shares == $share" <<<"$RUNS") && [ -n "$RUNS" ] || exit 0
 fi
 results() { # results todo FLAGS: a line "DATASET SEED NORMAL LOG" for each; results table FLAGS
   "$PYTHON" - "$@" <<'END'
@@ -73,10 +73,10 @@ END
 one() { # one "DATASET SEED NORMAL LOG" FLAGS
   local dataset seed normal log todo=1 failed=0 && read -r dataset seed normal log <<<"$1" && shift
   exec 9>>"$log" # what outlived a killed run_all.sh has its log locked: await its end, look again
-  flock -n 9 2>/dev/null || { flock 9; todo=$(RUNS="$dataset $seed $normal" results todo "$@"); }
+  flock -n 9 2>/dev/null || { flock 9 2>/dev/null; todo=$(RUNS="$dataset $seed $normal" results todo "$@"); }
   [ -z "$todo" ] || "$PYTHON" "$HERE/pkdgan.py" "$@" --dataset "$dataset" --normal "$normal" \
     --seed "$seed" --out "$OUT" >"$log" 2>&1 </dev/null || failed=1
-  local n=$(echo >>"$TALLY"; wc -l <"$TALLY")
+  echo >>"$TALLY" && n=$(wc -l <"$TALLY")
   echo "[$n/$TODO] $log, $((($(date +%s) - BEGAN) * (TODO - n) / n / 60)) min left"
   ((failed == 0)) || { echo "no result: $log: $(tail -n 1 "$log")" >&2 && return 1; }
 }
@@ -88,7 +88,7 @@ if ((JOBS > 0)); then
   echo "$(wc -l <<<"$RUNS") runs, $(($(wc -l <<<"$RUNS") - TODO)) of them finished before; logs in $OUT"
   cores=${OMP_NUM_THREADS:-${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN)}}
   OMP_NUM_THREADS=$((cores > JOBS ? cores / JOBS : 1)) && mkdir -p "$OUT"
-  trap 'echo "interrupted; the same command goes on from here" >&2; exit 130' INT
+  trap 'rm -f "$TALLY"' EXIT && trap 'echo "interrupted; the same command goes on" >&2; exit 130' INT
   printf %s "$todo" | tr '\n' '\0' | xargs -0 -P "$JOBS" -I{} bash -c 'one "$@"' _ {} "$@" || failed=1
 fi
 [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || results table "$@"
