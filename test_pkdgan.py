@@ -768,6 +768,18 @@ def test_disk_full_leaves_no_half_written_file(tmp_path):
     assert files_in(tmp_path / "runs") == []
 
 
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_training(
+    tmp_path, monkeypatch, capsys
+):
+    def denied(dir):
+        raise PermissionError(f"Permission denied: {dir}")
+
+    monkeypatch.setattr(pk.tempfile, "TemporaryFile", denied)  # tests may run as root
+    monkeypatch.setattr(pk, "train_gan", None)
+    assert exit_code(*TINY, "--out", str(tmp_path)) == 1
+    assert "Permission denied" in capsys.readouterr().err
+
+
 def test_results_do_not_depend_on_the_export(tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("no export with this torch")
