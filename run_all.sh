@@ -6,7 +6,7 @@
 #   JOBS=0 bash run_all.sh                   # nothing but the table of what there is
 # JOBS runs go at a time and share the cores. Each has a log in OUT, and a folder with its result.
 # Stop this however you like and start it again: what has a result of the same settings is skipped.
-set -euo pipefail -f
+set -aeuo pipefail -f # -a: what follows, functions too, is there in the runs' processes
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) PYTHON=$(command -v python || command -v python3)
 [ -f "$HERE/pkdgan.py" ] || HERE=$SLURM_SUBMIT_DIR # Slurm starts a copy that lies elsewhere
 DATASETS=${DATASETS:-mnist fmnist cifar10} NORMALS=${NORMALS:-0 1 2 3 4 5 6 7 8 9}
@@ -29,8 +29,7 @@ import json, os, sys
 from contextlib import suppress
 from pathlib import Path
 from statistics import mean, stdev
-sys.path.insert(0, os.environ["HERE"])
-import pkdgan, torch
+sys.path.insert(0, os.environ["HERE"]); import pkdgan, torch
 (mode, *flags), out, have, got, asked = sys.argv[1:], Path(os.environ["OUT"]), [], {}, []
 for file in out.glob("*-seed*/result.json"):
     with suppress(OSError, ValueError, LookupError, TypeError):  # another program's, half replaced
@@ -39,23 +38,21 @@ for file in out.glob("*-seed*/result.json"):
         have += [r] * (r["version"] == pkdgan.VERSION)
 for d, s, n in map(str.split, os.environ["RUNS"].splitlines()):
     want = vars(pkdgan.parse([*flags, "--dataset", d, "--seed", s, "--normal", n]))
-    title = Path(want["data"]).resolve().name if d == "folder" else d
-    asked.append((title, s, n))
-    bf16 = pkdgan.native_bf16(torch.device(want["device"]).type)
+    asked += [(Path(want["data"]).resolve().name if d == "folder" else d, s, n)]
     for r in have:  # a rival that nobody asked for does no harm; a table may be made elsewhere
         free = {key: r["settings"][key] for key in ("out", "device", "alpha", "normal", "score")}
         free["ablation"] = want["ablation"] or r["settings"]["ablation"]
         if want | free == r["settings"] and n in (r["normal"], free["normal"]):
-            got |= {asked[-1]: r} if r["bf16"] == bf16 or mode == "table" else {}
+            native = pkdgan.native_bf16(torch.device(want["device"]).type)
+            got |= {asked[-1]: r} if mode == "table" or r["bf16"] == native else {}
     if mode == "todo" and asked[-1] not in got:
-        print(d, s, n, out / f"{title}-{n}-seed{s}.log".replace("/", "-"))
-if len({id(r) for r in got.values()}) < len(got):
-    sys.exit("run_all.sh: NORMALS names one class twice")
+        print(d, s, n, out / f"{asked[-1][0]}-{n}-seed{s}.log".replace("/", "-"))
+len({id(r) for r in got.values()}) < len(got) and sys.exit("run_all.sh: NORMALS names one class twice")
 for title in dict.fromkeys(title for title, *_ in asked) if mode == "table" else ():
     seeds, normals = (list(dict.fromkeys(run[i] for run in asked if run[0] == title)) for i in (1, 2))
     mine = [r for run, r in got.items() if run[0] == title]
-    keys = ["teacher", "student_alone", "step1", "step2", "gain", "joint_only"]
-    keys = keys if any("joint_only" in r["auroc"] for r in mine) else keys[:-1]
+    rival = any("joint_only" in r["auroc"] for r in mine)
+    keys = ["teacher", "student_alone", "step1", "step2", "gain"] + ["joint_only"] * rival
     print(f"\n| {title} | {' | '.join(keys)} | seeds |\n|" + "---|" * (len(keys) + 2))
     for name, group in [*((n, [n]) for n in normals), ("mean", normals)]:
         full = [s for s in seeds if all((title, s, n) in got for n in group)]
@@ -80,8 +77,6 @@ one() { # one "DATASET SEED NORMAL LOG" FLAGS
   echo "[$n/$TODO] $log, $((($(date +%s) - BEGAN) * (TODO - n) / n / 60)) min left"
   ((failed == 0)) || { echo "no result: $log: $(tail -n 1 "$log")" >&2 && return 1; }
 }
-export HERE PYTHON OUT BEGAN RUNS TALLY OMP_NUM_THREADS TODO
-export -f one results
 if ((JOBS > 0)); then
   todo=$(results todo "$@")
   TODO=$(grep -c . <<<"$todo" || true) TALLY=$(mktemp)
