@@ -520,7 +520,7 @@ def load_folder(root, size):
 def load_images(dataset, root, size):
     """All of a data set: (x, c, x_test, c_test, classes). x, x_test: uint8 (N, C, size, size), one
     channel if all are grey, else three; c, c_test: int64 (N,), indices into `classes`, a list of
-    names. Raises OSError for what cannot be used."""
+    names, -1 for a class that is in test only. Raises OSError for what cannot be used."""
     classes = list("0123456789")
     if dataset == "folder":
         return load_folder(root, size)
@@ -643,10 +643,9 @@ def print_tables(result):
         gain = f"{gain:+10.2f}" if stage in ("step1", "step2", "joint_only") else ""
         print(f"{stage.replace('_', ' '):18}{value:7.2f}{gain}")
     print(f"\n{'cost':18}{'teacher':>12}{'student':>12}{'ratio':>8}")
-    names = {"params": "parameters", "flops": "FLOPs an image", "us_1": "us alone"}
-    for key, name in {**names, "us_256": "us in 256"}.items():
+    for key in ("params", "flops", "us_1", "us_256"):  # as cost() explains them
         teacher, student = result[key].values()
-        print(f"{name:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
+        print(f"{key:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
 
 
 @torch.inference_mode()
@@ -722,7 +721,7 @@ def score_files(checkpoint, paths, args):
     once = functools.cache(note)
     for file in files:
         try:
-            x = read_image(file, size)[None]
+            x = read_image(file, size)[None].float()
         except OSError as error:
             note(error)
             broken += 1
@@ -730,8 +729,8 @@ def score_files(checkpoint, paths, args):
         if channels == 1:
             if (x != x[:, :1]).any():
                 once("this student is for grey images: colour is dropped")
-            x = x.float().mean(1, keepdim=True).round()
-        value = score(gan.g, (x.float() / 127.5 - 1).to(args.device)).cpu()
+            x = x.mean(1, keepdim=True).round()
+        value = score(gan.g, (x / 127.5 - 1).to(args.device)).cpu()
         p = p_values(value, calibration).item()
         verdict = "anomaly" if p <= args.alpha else "normal"
         name = str(file).translate({9: "\\t", 10: "\\n", 13: "\\r"})  # one line, four columns
