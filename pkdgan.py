@@ -29,12 +29,12 @@ They learn to reconstruct normal images and their codes. An anomaly's two codes 
 """
 
 import argparse
+import copy
 import functools
 import io
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -48,12 +48,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
-from sklearn import datasets, metrics, model_selection
+from sklearn import covariance, datasets, decomposition, metrics, model_selection
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
-VERSION = 2  # of the method and the files: raised when a change makes earlier results incomparable
+VERSION = 3  # of the method and the files: raised when a change makes earlier results incomparable
 
 # ----------------------------------------------------------------------------------------- settings
 # PER_DATASET below overrides these, for digits, the default data set, too.
@@ -65,6 +65,9 @@ SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for
     "seed": 0,  # random seed of weights and batch order; the split is fixed
     "device": "auto",  # cpu, cuda, cuda:1, mps, or auto for the fastest there is
     "val": False,  # evaluate on held-out training images instead of the test split
+    "teacher": "",  # a teacher.pt to distil from, or the --out where one was left: train none
+    "curve": False,  # evaluate after every epoch, too
+    "whiten": True,  # score whitened codes; --no-whiten: the paper's plain ||z - z_hat||
     "holdout": 0.0,  # share of the normal training images to hold out for p-values
     "alpha": 0.05,  # share of false alarms that --score accepts
     "ablation": False,  # also train both jointly from random weights, the single-step rival
@@ -76,7 +79,7 @@ SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
     "epochs1": 8,  # of step 1
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
-    "epoch_images": 0,  # fewer images are shown several times an epoch, to about this many
+    "epoch_images": 1,  # fewer images are shown several times an epoch, to about this many
     "lr_teacher": 1e-4,  # the teacher's learning rate at width 128, inverse to the width
     "lr_student": 2e-3,  # the student's learning rate
     "lr_step2": 0.2,  # both learning rates in step 2, as a share of the above
@@ -97,28 +100,21 @@ PER_DATASET = {  # widths reach the paper's ratios: CIFAR-10 24.45, MNIST 311.11
     "cifar10": {},
     "folder": {"holdout": 0.1, "epoch_images": 4000},
 }
+CHOICES = {"dataset": list(PER_DATASET), "size": [16, 32, 64, 128, 256, 512]}
 
 
 def parse(argv=None):
     """Settings (a namespace) from a command line, sys.argv by default. Exits with code 2."""
-    shown = Path(__file__).read_text().partition("# --")[2].partition("\n\n\n")[0]
-    raw = argparse.RawDescriptionHelpFormatter  # --help shows the settings as they stand above
-    parser = argparse.ArgumentParser(
-        "pkdgan.py", argparse.SUPPRESS, epilog=shown, formatter_class=raw, allow_abbrev=False
-    )
+    about = "What they mean and their defaults: SETTINGS, at the top of pkdgan.py."
+    parser = argparse.ArgumentParser("pkdgan.py", argparse.SUPPRESS, about, allow_abbrev=False)
     parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
     for name, default in SETTINGS.items():
-        how = {"type": type(default), "choices": PER_DATASET if name == "dataset" else None}
+        how = {"type": type(default), "choices": CHOICES.get(name)}
         if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + name.replace("_", "-"), default=default, **how)
     parser.set_defaults(**PER_DATASET[parser.parse_args(argv).dataset])
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if type(value) is int and value < 1 and name not in ("seed", "epoch_images"):
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.size not in (16, 32, 64, 128, 256, 512):
-        parser.error("--size must be a power of two from 16 to 512")
     if args.device == "auto":
         fastest = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
         args.device = str(fastest or "cpu")
@@ -132,20 +128,16 @@ def parse(argv=None):
 # statistics, and an image's score cannot depend on its batch.
 
 
-class Blocks(nn.Module):
-    """A chain of blocks and a head, which shows what is inside."""
-
-    def __init__(self, blocks, head):
-        super().__init__()
-        self.blocks, self.head = nn.ModuleList(blocks), head
+class Blocks(nn.Sequential):
+    """A chain of blocks, the last of them its head, which shows what is inside."""
 
     def forward(self, h):
-        """-> the head's output in float32, [the output of each block]."""
+        """-> the head's output in float32, [the output of each block before it]."""
         hidden = []
-        for block in self.blocks:
+        for block in self:
             h = block(h)
             hidden.append(h)
-        return self.head(h).float(), hidden
+        return h.float(), hidden[:-1]
 
 
 def block_widths(size, width):
@@ -164,7 +156,7 @@ def encoder(size, channels, width, n_out):
         norm = nn.Identity() if first else nn.GroupNorm(c_out, c_out)
         blocks.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2, inplace=True)))
         channels = c_out
-    return Blocks(blocks, nn.Sequential(nn.Flatten(), nn.Linear(channels * 4 * 4, n_out)))
+    return Blocks(*blocks, nn.Sequential(nn.Flatten(), nn.Linear(channels * 4 * 4, n_out)))
 
 
 def upsample(c_in, c_out, bias=False):
@@ -185,7 +177,7 @@ def decoder(size, channels, width, z_dim):
         up = upsample(c_in, c_out) if blocks else nn.ConvTranspose2d(c_in, c_out, 4, bias=False)
         blocks.append(nn.Sequential(up, nn.GroupNorm(c_out, c_out), nn.ReLU(inplace=True)))
         c_in = c_out
-    return Blocks(blocks, upsample(c_in, channels, bias=True))
+    return Blocks(*blocks, upsample(c_in, channels, bias=True))
 
 
 class Generated(NamedTuple):
@@ -221,13 +213,26 @@ class Generator(nn.Module):
 
 
 class GAN(nn.Module):
-    """A generator g and a discriminator d. Teacher and student differ in their width alone."""
+    """A generator g and a discriminator d, and the anomaly score. Teacher and student differ in
+    their width alone."""
 
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
         self.form = size, channels, width, z_dim  # GAN(*form) is another one like this
         self.g = Generator(*self.form)
         self.d = encoder(size, channels, width, 1)  # to the logit, high for real
+        self.register_buffer("mean", torch.zeros(z_dim))  # so the score is plain, until
+        self.register_buffer("white", torch.eye(z_dim))  # these are those of whitening()
+
+    def residual(self, x):
+        """r = z - z_hat (B, z_dim) of images x (B, C, size, size) in [-1, 1]."""
+        out = self.g(x)
+        return out.z - out.z_hat
+
+    def forward(self, x):
+        """Anomaly scores (B,), high is anomalous: ||z - z_hat||_2 [paper], or whitened [ours],
+        sqrt((r - m)' C^-1 (r - m)) with mean m and covariance C of normal images' r."""
+        return ((self.residual(x) - self.mean) @ self.white).norm(dim=1)
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -289,12 +294,13 @@ def adversarial_distillation_loss(f_t, f_s):
 
 
 # ----------------------------------------------------------------------------------------- training
-def train_gan(gan, x, args, *, epochs, lr, stage, speed):
+def train_gan(gan, x, args, *, epochs, lr, stage, watch):
     """Train a GAN by itself on images x (N, C, size, size): the teacher, or the student alone.
-    Notes images per second in speed[stage]. Raises FloatingPointError if a loss is not finite."""
+    After each epoch calls watch(stage, images per second). Raises FloatingPointError if a loss is
+    not finite."""
     gan.train()
     opt = adam({gan: lr})
-    for x_real, log in batches(x, args, epochs, stage, speed, opt):  # steps the rate, prints
+    for x_real, log in batches(x, args, epochs, stage, watch, opt):  # steps the rate, prints
         out = amp(gan.g, x_real)
 
         # ---- D: minimise L_D; x is real, x_hat is fake
@@ -309,18 +315,18 @@ def train_gan(gan, x, args, *, epochs, lr, stage, speed):
         log.append(torch.stack([loss_d, loss_g]).detach())
 
 
-def distill(teacher, student, x, args, *, epochs, joint, stage, speed, rate=1.0, first_epoch=0):
+def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0, first_epoch=0):
     """Train a student from a teacher on images x (N, C, size, size). Step 1: the teacher is frozen,
     the student learns from distillation losses alone. Step 2, joint: the student has its own GAN's
     losses besides; the teacher trains on by its own, as in train_gan. rate: share of the learning
-    rates in args. Batches go on as after first_epoch epochs. Notes and raises as train_gan."""
+    rates in args. Batches go on as after first_epoch epochs. Calls and raises as train_gan."""
     student.train()
     teacher.train(joint).requires_grad_(joint)  # frozen: no gradient; it has no buffers to update
     rates = {student: rate * args.lr_student}
     if joint:
         rates[teacher] = rate * teacher_lr(args)
     opt = adam(rates)
-    for x_real, log in batches(x, args, epochs, stage, speed, opt, first_epoch):
+    for x_real, log in batches(x, args, epochs, stage, watch, opt, first_epoch):
         out_t, out_s = amp(teacher.g, x_real), amp(student.g, x_real)
 
         # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake (in step 1
@@ -368,7 +374,7 @@ def generator_loss(gan, x, out, f_x_hat, args):
     return args.w_adv * adv + args.w_con * con + args.w_lat * lat
 
 
-def batches(x, args, epochs, stage, speed, opt, first_epoch=0):
+def batches(x, args, epochs, stage, watch, opt, first_epoch=0):
     """Yield (x_real (B, C, size, size), log) for each update of a stage; the caller appends the
     tensor [L_D, L_G] to the log, and a line is printed after each epoch. Order and mirroring come
     from the seed and the epoch's number alone. The learning rate warms up, then falls as a cosine
@@ -394,9 +400,9 @@ def batches(x, args, epochs, stage, speed, opt, first_epoch=0):
         if not math.isfinite(loss_d + loss_g):
             raise FloatingPointError(f"{losses}; lower the learning rates")
         seconds = (time.perf_counter() - start) / epoch
-        speed[stage] = n / seconds
-        left = f"{speed[stage]:.0f} images/s, {seconds * (epochs - epoch):.0f} s left"
-        print(f"{losses} | {left}", flush=True)
+        left = f"{seconds * (epochs - epoch):.0f} s left"
+        print(f"{losses} | {n / seconds:.0f} images/s, {left}", flush=True)
+        watch(stage, n / seconds)
 
 
 def teacher_lr(args):
@@ -435,29 +441,30 @@ def amp(net, x):
 
 
 # --------------------------------------------------------------------------------------- evaluation
-class Detector(nn.Module):
-    """What is deployed: images x (N, C, size, size) in [-1, 1] -> anomaly scores (N,)."""
-
-    def __init__(self, g):
-        super().__init__()
-        self.g = g
-
-    def forward(self, x):
-        """||z - z_hat||_2 [paper] of each image, from 0 to 2 sqrt(z_dim), high is anomalous."""
-        out = self.g(x)
-        return (out.z - out.z_hat).norm(dim=1)
-
-
 @torch.inference_mode()
-def score(g, x):
-    """Anomaly scores (N,) in float32 of images x (N, C, size, size) in [-1, 1] by generator g,
-    which is put into eval mode. An image's score does not depend on the others."""
-    detector = Detector(g.eval())
+def in_parts(f, x):
+    """f(x) in float32, computed part by part, of images x (N, C, size, size) in [-1, 1]."""
     torch.backends.cudnn.allow_tf32 = False  # float32 on CUDA, too
     onednn, *_ = torch.backends.mkldnn.set_flags(len(x) > 1)  # too much preparation for one image
-    scores = torch.cat([detector(part) for part in x.split(128)])  # 128 stay in a CPU's cache
+    results = torch.cat([f(part) for part in x.split(128)])  # 128 stay in a CPU's cache
     torch.backends.mkldnn.set_flags(onednn)
-    return scores
+    return results
+
+
+def score(gan, x):
+    """Anomaly scores (N,) of images x (N, C, size, size) in [-1, 1] by a GAN, which is put into
+    eval mode. An image's score does not depend on the others."""
+    return in_parts(gan.eval(), x)
+
+
+def whitening(gan, x):
+    """(m (z_dim,), W (z_dim, z_dim)) of the residuals r of training images x: their mean, and a
+    root of their inverse covariance, W W' = C^-1, so that (r - m) W has unit variance everywhere.
+    C is shrunk (Ledoit and Wolf 2004): it exists for few images, too."""
+    r = in_parts(gan.eval().residual, x)
+    fit = covariance.LedoitWolf().fit(r.cpu())
+    white = torch.linalg.cholesky(torch.tensor(fit.precision_))
+    return torch.tensor(fit.location_).to(r), white.to(r).contiguous()
 
 
 def p_values(scores, calibration):
@@ -470,26 +477,39 @@ def p_values(scores, calibration):
     return (1 + n - torch.searchsorted(calibration, least)).double() / (n + 1)
 
 
-def auroc(gan, x_test, y_test):
-    """AUROC of a GAN's scores in percent, anomaly = 1. Raises ValueError if a score is NaN."""
-    return 100 * float(metrics.roc_auc_score(y_test, score(gan.g, x_test).cpu()))
+def auroc(gan, x, x_test, y_test):
+    """AUROC in percent, anomaly = 1, of a GAN's plain and its whitened scores. x are its training
+    images. Raises ValueError if a score is NaN."""
+    mean, white = whitening(gan, x)
+    r = in_parts(gan.residual, x_test)
+    scores = r.norm(dim=1), ((r - mean) @ white).norm(dim=1)
+    return [100 * float(metrics.roc_auc_score(y_test, values.cpu())) for values in scores]
 
 
-def cost(gan, x):
+def pca_auroc(x, x_test, y_test):
+    """AUROC in percent of PCA's reconstruction error, components for 90 % of the variance, on images
+    brought to 32 x 32: what a GAN should beat."""
+    x, x_test = (F.adaptive_avg_pool2d(t, 32).flatten(1).cpu().numpy() for t in (x, x_test))
+    pca = decomposition.PCA(0.9).fit(x)
+    errors = x_test - pca.inverse_transform(pca.transform(x_test))
+    return 100 * float(metrics.roc_auc_score(y_test, (errors**2).sum(1)))
+
+
+def measure(gan, x):
     """What a GAN costs: params and flops (of one image) of generator and discriminator. The
     generator is all that scoring takes: MB of weights, and microseconds per image on the device of
-    x (N, C, size, size), for an image by itself (us_1) and in a batch of 256 (us_256)."""
+    x (N, C, size, size), for an image by itself (us_1) and in a batch of 256 (us_256). And l1, the
+    mean |x - x_hat|."""
     with FlopCounterMode(display=False) as counter:
-        gan.g(x[:1])
-        gan.d(x[:1])
-    params_g, params_d = (sum(p.numel() for p in net.parameters()) for net in (gan.g, gan.d))
-    costs = {"params": params_g + params_d, "flops": counter.get_total_flops()}
-    costs["MB"] = 4e-6 * params_g
+        gan.d(gan.g(x[:1]).x_hat)
+    params, params_g = (sum(p.numel() for p in net.parameters()) for net in (gan, gan.g))
+    found = {"params": params, "flops": counter.get_total_flops(), "MB": 4e-6 * params_g}
     for n in (1, 256):
-        names = {"score": score, "g": gan.g, "x": x[torch.arange(n) % len(x)]}
-        seconds = timeit.repeat("score(g, x).cpu()", globals=names, number=1, repeat=10)
-        costs[f"us_{n}"] = 1e6 / n * statistics.median(seconds)
-    return costs
+        names = {"score": score, "gan": gan, "x": x[torch.arange(n) % len(x)]}
+        seconds = timeit.repeat("score(gan, x).cpu()", globals=names, number=1, repeat=11)
+        found[f"us_{n}"] = 1e6 / n * sorted(seconds)[5]  # the median
+    found["l1"] = contextual_loss(x, in_parts(lambda part: gan.g(part).x_hat, x)).item()
+    return found
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -521,25 +541,24 @@ def load_images(dataset, root, size):
     """All of a data set: (x, c, x_test, c_test, classes). x, x_test: uint8 (N, C, size, size), one
     channel if all are grey, else three; c, c_test: int64 (N,), indices into `classes`, a list of
     names, -1 for a class that is in test only. Raises OSError for what cannot be used."""
-    classes = list("0123456789")
     if dataset == "folder":
         return load_folder(root, size)
     if dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
-        x, c = datasets.load_digits(return_X_y=True)
-        x = (x.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")  # from levels 0 to 16
+        digits = datasets.load_digits()
+        x, c = (digits.images * (255 / 16)).round().astype("uint8"), digits.target  # of 16 levels
         parts = model_selection.train_test_split(x, c, test_size=1 / 3, stratify=c, random_state=0)
     else:
         name = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
         kind = getattr(torchvision.datasets, name)
         try:
-            train, test = kind(root, train=True, download=True), kind(root, train=False)
+            train, test = kind(root, download=True), kind(root, train=False)
         except Exception as error:  # no network, a missing file, broken bytes
             advice = "delete it there and run again online"
             raise OSError(f"{name} in {root}: {error}; {advice}") from error
         parts = train.data, test.data, train.targets, test.targets
-        classes = classes if dataset == "mnist" else train.classes
+    classes = train.classes if dataset in ("fmnist", "cifar10") else list("0123456789")
     x, x_test, c, c_test = map(torch.as_tensor, parts)
-    x, x_test = (t[:, None] if t.ndim == 3 else t.permute(0, 3, 1, 2) for t in (x, x_test))
+    x, x_test = (t.reshape(*t.shape[:3], -1).permute(0, 3, 1, 2) for t in (x, x_test))
     return TF.resize(x, [size, size]), c, TF.resize(x_test, [size, size]), c_test, classes
 
 
@@ -585,103 +604,131 @@ def run(args):
 
     teacher, student = fresh(args.teacher_width), fresh(args.student_width)
     alone = fresh(args.student_width)
-    both = args.epochs1 + args.epochs2
-    auc, speed = {}, {}
-    common = {"x": x, "args": args, "speed": speed}
+    nets = {"teacher": teacher, "student_alone": alone, "step1": student, "step2": student}
+    auc, whitened, curve, speed = {}, {}, {}, {}
 
-    train_gan(teacher, epochs=args.epochs, lr=teacher_lr(args), stage="teacher", **common)
-    auc["teacher"] = auroc(teacher, x_test, y_test)
+    def evaluate(stage, gan):
+        auc[stage], whitened[stage] = auroc(gan, x, x_test, y_test)
+
+    def watch(stage, images_per_second):
+        speed[stage] = images_per_second
+        if args.curve:
+            curve.setdefault(stage, []).append(auroc(nets[stage], x, x_test, y_test))
+
+    common = {"x": x, "args": args, "watch": watch}
+    both = args.epochs1 + args.epochs2
+    if args.teacher:
+        trained, _ = load_gan(args.teacher, task)
+        if trained.form != teacher.form:
+            raise ValueError(
+                f"--teacher is a GAN{trained.form}, the settings ask for GAN{teacher.form}"
+            )
+        teacher.load_state_dict(trained.state_dict())
+    else:
+        train_gan(teacher, epochs=args.epochs, lr=teacher_lr(args), stage="teacher", **common)
+    evaluate("teacher", teacher)
 
     train_gan(alone, epochs=both, lr=args.lr_student, stage="student_alone", **common)
-    auc["student_alone"] = auroc(alone, x_test, y_test)
+    evaluate("student_alone", alone)
 
     distill(teacher, student, epochs=args.epochs1, joint=False, stage="step1", **common)
-    auc["step1"] = auroc(student, x_test, y_test)
+    evaluate("step1", student)
 
+    partner = copy.deepcopy(teacher)  # step 2 changes it, and teacher.pt can start other runs
     go_on = {"rate": args.lr_step2, "first_epoch": args.epochs1}
-    distill(teacher, student, epochs=args.epochs2, joint=True, stage="step2", **go_on, **common)
-    auc["step2"] = auroc(student, x_test, y_test)
-    auc["teacher_step2"] = auroc(teacher, x_test, y_test)
+    distill(partner, student, epochs=args.epochs2, joint=True, stage="step2", **go_on, **common)
+    evaluate("step2", student)
+    evaluate("teacher_step2", partner)
 
     if args.ablation:
-        rivals = fresh(args.teacher_width), fresh(args.student_width)
-        distill(*rivals, epochs=both, joint=True, stage="joint_only", **common)
-        auc["joint_only"] = auroc(rivals[1], x_test, y_test)
+        rival, nets["joint_only"] = fresh(args.teacher_width), fresh(args.student_width)
+        distill(rival, nets["joint_only"], epochs=both, joint=True, stage="joint_only", **common)
+        evaluate("joint_only", nets["joint_only"])
 
-    costs = {"teacher": cost(teacher, x_test), "student": cost(student, x_test)}
-    anomalies = int(y_test.sum())
-    images = {"train": len(x), "held out": len(x_held), "test": len(x_test), "anomalies": anomalies}
-    result = {"dataset": args.dataset, "normal": name, "seed": args.seed, "images": images}
-    result |= {"split": "validation" if args.val else "test", "auroc": auc}
-    result |= {key: {net: costs[net][key] for net in costs} for key in costs["teacher"]}
-    result |= {"images_per_second": speed, "seconds": time.perf_counter() - began}
-    result |= {"settings": vars(args)} | origin(x.device)
-    result["ratio"] = costs["teacher"]["flops"] / costs["student"]["flops"]
+    result = {"dataset": args.dataset, "normal": name, "seed": args.seed, "auroc": auc}
+    result |= {"auroc_whitened": whitened, "curve": curve, "images_per_second": speed}
+    result |= compare(teacher, student, x, x_test, y_test) | origin(args)
+    result["seconds"] = time.perf_counter() - began
     print_tables(result)
+    if args.whiten:
+        for gan in (teacher, student):
+            gan.mean, gan.white = whitening(gan, x)
     save(folder, result, teacher.cpu(), student.cpu(), x_held.cpu(), x_test.cpu(), y_test)
     print(f"RESULT {json.dumps(result)}", flush=True)
     return result
 
 
-def origin(device):
-    """What made a result: version, precision, device and packages."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def compare(teacher, student, x, x_test, y_test):
+    """What a result says beside the stages: measure() of teacher and student on the normal test
+    images, and of simpler means: the L1 distance of these to the training images' median, PCA."""
+    normal = x_test[y_test == 0]
+    of_t, of_s = measure(teacher, normal), measure(student, normal)
+    found = {key: {"teacher": of_t[key], "student": of_s[key]} for key in of_t}
+    found["l1"]["median_image"] = (normal - x.median(0).values).abs().mean().item()
+    found["images"] = {"train": len(x), "test": len(x_test), "normal": len(normal)}
+    found["baselines"] = {"pca": pca_auroc(x, x_test, y_test)}
+    return found | {"ratio": of_t["flops"] / of_s["flops"]}
+
+
+def origin(args):
+    """What made a result: settings, version, precision, device and packages."""
+    cuda = args.device.startswith("cuda")
+    name = torch.cuda.get_device_name(args.device) if cuda else args.device
     modules = torch, torchvision, sklearn
     return {
+        "settings": vars(args),
+        "split": "validation" if args.val else "test",
         "version": VERSION,
-        "bf16": native_bf16(device.type),
+        "bf16": native_bf16(torch.device(args.device).type),
         "device": f"{name}, {torch.get_num_threads()} threads",
         "versions": {module.__name__: module.__version__ for module in modules},
     }
 
 
 def print_tables(result):
-    """AUROC of each stage and a student's gain over the student alone, then what the nets cost."""
-    print(f"\n{'AUROC in %':31}gain")
-    for stage, value in result["auroc"].items():
-        gain = value - result["auroc"]["student_alone"]
-        gain = f"{gain:+10.2f}" if stage in ("step1", "step2", "joint_only") else ""
-        print(f"{stage.replace('_', ' '):18}{value:7.2f}{gain}")
-    print(f"\n{'cost':18}{'teacher':>12}{'student':>12}{'ratio':>8}")
-    for key in ("params", "flops", "us_1", "us_256"):  # as cost() explains them
+    """AUROC of each stage, by the plain and by the whitened score, each with what it is above the
+    student alone; then what the nets cost."""
+    plain, whitened = result["auroc"], result["auroc_whitened"]
+    print("\nAUROC in %          plain    gain    whitened    gain")
+    for stage in plain:
+        gains = [values[stage] - values["student_alone"] for values in (plain, whitened)]
+        row = f"{stage.replace('_', ' '):18}{plain[stage]:7.2f}{gains[0]:+8.2f}"
+        print(f"{row}{whitened[stage]:12.2f}{gains[1]:+8.2f}")
+    print(f"{'PCA':18}{result['baselines']['pca']:7.2f}")
+    print("\ncost                   teacher     student   ratio")
+    for key in ("params", "flops", "us_1", "us_256"):  # as measure() explains them
         teacher, student = result[key].values()
         print(f"{key:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
 
 
-@torch.inference_mode()
-def samples(x, y, teacher, student):
-    """Of test images x (N, C, size, size): 8 anomalies, evenly from the lowest to the highest score
-    by the student, and 8 normal ones likewise (16, C, size, size); then what the teacher makes of
-    them; then the student."""
-    order = score(student.g, x).argsort()
-    kinds = order[y[order] == 1], order[y[order] == 0]
-    picks = [kind[torch.linspace(0, len(kind) - 1, 8).long()] for kind in kinds]
-    some = x[torch.cat(picks)]
-    return torch.cat([some, teacher.g(some).x_hat, student.g(some).x_hat])
-
-
 def save(folder, result, teacher, student, x_held, x_test, y_test):
-    """Write the nets as step 2 left them, samples.png, result.json and the exported student."""
+    """Write the nets, samples.png, result.json and the exported student."""
     with tempfile.TemporaryDirectory(dir=folder) as part:  # files appear whole or not at all
         part = Path(part)
         for name, gan in ("teacher.pt", teacher), ("student.pt", student):
-            scores = torch.cat([score(gan.g, image) for image in x_held.split(1)])  # as --score
+            scores = torch.cat([score(gan, image) for image in x_held.split(1)])  # as --score
             content = {"version": VERSION, "form": gan.form, "weights": gan.state_dict()}
             content["calibration"] = scores.sort().values
             buffer = io.BytesIO()  # on a full disk torch raises no OSError, write_bytes does
             torch.save(content, buffer)
             (part / name).write_bytes(buffer.getvalue())
+        # Pictures: 8 anomalies, evenly from the lowest to the highest score by the student, and 8
+        # normal images likewise; below them what the teacher makes of them, then the student.
+        order = score(student, x_test).argsort()
+        kinds = order[y_test[order] == 1], order[y_test[order] == 0]
+        picks = [kind[torch.linspace(0, len(kind) - 1, 8).long()] for kind in kinds]
+        x = x_test[torch.cat(picks)]
+        rows = torch.cat([x, teacher.g(x).x_hat, student.g(x).x_hat])
         look = {"nrow": 16, "normalize": True, "value_range": (-1, 1)}
-        picture = samples(x_test, y_test, teacher, student)
-        torchvision.utils.save_image(picture, part / "samples.png", **look)
+        torchvision.utils.save_image(rows, part / "samples.png", **look)
         (part / "result.json").write_text(json.dumps(result, indent=1))
         for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
             file.replace(folder / file.name)
         # The export comes last: where this torch fails at it, nothing else is lost.
         (folder / "student.pt2").unlink(missing_ok=True)
         batch = {0: torch.export.Dim("batch", max=2**20)}
-        detector = Detector(student.g).requires_grad_(False)
-        exported = torch.export.export(detector, (x_test[:2],), dynamic_shapes=(batch,))
+        student.requires_grad_(False)
+        exported = torch.export.export(student, (x_test[:2],), dynamic_shapes=(batch,))
         torch.export.save(exported, part / "student.pt2")
         (part / "student.pt2").replace(folder / "student.pt2")
     print(f"\nin {folder}: result.json, samples.png, teacher.pt, student.pt, student.pt2")
@@ -689,14 +736,17 @@ def save(folder, result, teacher, student, x_held, x_test, y_test):
 
 
 # -------------------------------------------------------------------------- using a trained student
-def load_gan(path):
-    """(GAN, calibration scores) of a student.pt or teacher.pt, on the CPU. Raises OSError."""
+def load_gan(path, task=""):
+    """(GAN, calibration scores) of a student.pt or teacher.pt, or of a task's teacher.pt in a
+    folder of runs, on the CPU. Raises OSError."""
+    if Path(path).is_dir():
+        path = Path(path, task, "teacher.pt")
     try:
         damaged = zipfile.ZipFile(path).testzip()
         saved = torch.load(path, map_location="cpu", weights_only=True)
         gan, calibration = GAN(*saved["form"]).eval(), saved["calibration"]
         gan.load_state_dict(saved["weights"])
-        numbers = torch.cat([calibration, *map(torch.flatten, gan.parameters())])
+        numbers = torch.cat([calibration, *map(torch.flatten, gan.state_dict().values())])
         if damaged or saved["version"] != VERSION or not numbers.isfinite().all():
             raise ValueError("damaged, or of another version")
     except Exception as error:  # torch raises all sorts on what is foreign
@@ -705,18 +755,19 @@ def load_gan(path):
     return gan, calibration
 
 
-def score_files(checkpoint, paths, args):
+def score_files(args):
     """Print a line for each image file, in folders too: path, score, p-value, and "anomaly" if
     p <= args.alpha. One that cannot be read gets a line on stderr; then, OSError at the end."""
-    gan, calibration = load_gan(checkpoint)
+    gan, calibration = load_gan(args.score[0])
     size, channels, *_ = gan.to(args.device).form
-    n, broken, files = len(calibration), 0, []
-    for path in map(Path, paths):
+    files, broken = [], 0
+    for path in map(Path, args.score[1:]):
         inside = (f for f in path.rglob("*") if torchvision.datasets.folder.is_image_file(f.name))
         files += sorted(inside) if path.is_dir() else [path]
-    verdicts = 1 / (n + 1) <= args.alpha  # the smallest p-value that there is
-    if not verdicts:
-        note(f"no verdicts at --alpha {args.alpha}: only {n} images were held out (--holdout)")
+    verdicts = ["normal", "anomaly"]
+    if 1 / (len(calibration) + 1) > args.alpha:  # the smallest p-value that there is
+        verdicts = ["", ""]
+        note(f"no verdicts: only {len(calibration)} images were held out (--holdout)")
     print("path\tscore\tp-value\tverdict")
     once = functools.cache(note)
     for file in files:
@@ -730,13 +781,10 @@ def score_files(checkpoint, paths, args):
             if (x != x[:, :1]).any():
                 once("this student is for grey images: colour is dropped")
             x = x.mean(1, keepdim=True).round()
-        value = score(gan.g, (x / 127.5 - 1).to(args.device)).cpu()
+        value = score(gan, (x / 127.5 - 1).to(args.device)).cpu()
         p = p_values(value, calibration).item()
-        verdict = "anomaly" if p <= args.alpha else "normal"
         name = str(file).translate({9: "\\t", 10: "\\n", 13: "\\r"})  # one line, four columns
-        print(
-            f"{name}\t{value.item():.5g}\t{f'{p:.4g}' * (n > 0)}\t{verdict * verdicts}", flush=True
-        )
+        print(f"{name}\t{value.item():.5g}\t{p:.4g}\t{verdicts[p <= args.alpha]}", flush=True)
     if broken or not files:
         raise OSError(f"{broken} of {len(files)} images could not be scored")
 
@@ -751,14 +799,9 @@ def main(argv=None):
     args = parse(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be of any characters
     try:
-        if args.score:
-            score_files(args.score[0], args.score[1:], args)
-        else:
-            run(args)
-        return 0
+        (score_files if args.score else run)(args)
     except BrokenPipeError:  # "| head" has seen enough: end quietly
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        os._exit(1)
     except KeyboardInterrupt:
         note("interrupted; nothing half-written is left")
         return 130
@@ -767,6 +810,7 @@ def main(argv=None):
             raise
         note(error)
         return 2 if isinstance(error, ValueError) else 1
+    return 0
 
 
 if __name__ == "__main__":

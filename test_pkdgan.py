@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from sklearn import metrics
 from torchvision.transforms import functional as TF
 
 import pkdgan as pk
@@ -62,13 +63,18 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def unwatched(stage, images_per_second):
+    pass
+
+
 def train(net, x, epochs=1, **changes):
-    pk.train_gan(net, x, settings(**changes), epochs=epochs, lr=1e-3, stage="test", speed={})
+    s = settings(**changes)
+    pk.train_gan(net, x, s, epochs=epochs, lr=1e-3, stage="test", watch=unwatched)
 
 
 def distill(teacher, student, x, joint, epochs=1, **changes):
     s = settings(**changes)
-    pk.distill(teacher, student, x, s, epochs=epochs, joint=joint, stage="test", speed={})
+    pk.distill(teacher, student, x, s, epochs=epochs, joint=joint, stage="test", watch=unwatched)
 
 
 # ==================================================================================================
@@ -147,7 +153,8 @@ def test_no_pixel_is_saturated_before_training(width):
 
 def test_norm_is_that_of_a_batch_of_one():
     norms = [m for m in gan().modules() if isinstance(m, torch.nn.GroupNorm)]
-    assert len(norms) == 5 and not list(gan().buffers())  # two blocks a net, less those at images
+    assert len(norms) == 5  # two blocks a net, less those at images
+    assert {name for name, _ in gan().named_buffers()} == {"mean", "white"}  # of the score alone
     for norm in norms:
         x = torch.randn(3, norm.num_channels, 4, 4)
         alone = [F.batch_norm(image[None], None, None, training=True) for image in x]
@@ -166,11 +173,11 @@ def test_training_passes_return_float32():
 
 @pytest.mark.parametrize("dataset, ratio", [("cifar10", 24.45), ("mnist", 311.11), ("fmnist", 700)])
 def test_default_widths_reach_the_papers_ratios(dataset, ratio, monkeypatch):
-    monkeypatch.setattr(pk.timeit, "repeat", lambda *_, **__: [1.0])  # only counting here
+    monkeypatch.setattr(pk.timeit, "repeat", lambda *_, **__: [1.0] * 11)  # only counting here
     s, channels = pk.parse(["--dataset", dataset]), 3 if dataset == "cifar10" else 1
     x = torch.zeros(1, channels, s.size, s.size)
     widths = s.teacher_width, s.student_width
-    teacher, student = (pk.cost(pk.GAN(s.size, channels, w, s.z_dim), x) for w in widths)
+    teacher, student = (pk.measure(pk.GAN(s.size, channels, w, s.z_dim), x) for w in widths)
     assert teacher["flops"] / student["flops"] >= ratio and teacher["params"] > student["params"]
 
 
@@ -180,7 +187,7 @@ def test_flops_by_hand():
     encoder = 2 * 16 * (64 * 1 + 16 * 2) + 2 * 16 * 2 * z  # 1 -> 1 -> 2 -> z
     decoder = 2 * 16 * (z * 2 + 25 * 2 + 81 * 1)  # z -> 2 -> 1 -> 1, windows (4 + 1)^2, (8 + 1)^2
     discriminator = 2 * 16 * (64 * 1 + 16 * 2) + 2 * 16 * 2
-    costs = pk.cost(gan(1, size), torch.zeros(300, 1, size, size))
+    costs = pk.measure(gan(1, size), torch.zeros(300, 1, size, size))
     assert costs["flops"] == 2 * encoder + decoder + discriminator
     assert costs["MB"] == 4e-6 * sum(p.numel() for p in gan(1, size).g.parameters())
     assert 0 < costs["us_256"] < costs["us_1"]  # per image
@@ -283,7 +290,7 @@ def test_adam_has_dcgans_betas_and_a_rate_for_each_gan():
 def test_learning_rate_warms_up_and_falls_to_zero():
     opt = pk.adam({gan(1): 1.0})
     rates = []
-    for _, log in pk.batches(images(10), settings(batch=1), 4, "test", {}, opt):
+    for _, log in pk.batches(images(10), settings(batch=1), 4, "test", unwatched, opt):
         rates.append(opt.param_groups[0]["lr"])
         log.append(torch.zeros(2))
     assert len(rates) == 40 and rates[:2] == [0.25, pytest.approx(0.5, rel=0.01)]  # of 4 updates
@@ -294,7 +301,9 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_flips_mirror_half_of_the_images():
     x, seen = images(200), []
-    for batch, log in pk.batches(x, settings(flip=True), 1, "test", {}, pk.adam({gan(1): 0.0})):
+    for batch, log in pk.batches(
+        x, settings(flip=True), 1, "test", unwatched, pk.adam({gan(1): 0.0})
+    ):
         seen += batch
         log.append(torch.zeros(2))
     as_is = {image.numpy().tobytes() for image in x}
@@ -309,7 +318,7 @@ def test_few_images_make_longer_epochs():
     assert pk.parse(["--dataset", "folder"]).epoch_images == 4000
     x, seen = images(3), []
     s = settings(epoch_images=100, batch=64)
-    for batch, log in pk.batches(x, s, 1, "test", {}, pk.adam({gan(1): 0.0})):
+    for batch, log in pk.batches(x, s, 1, "test", unwatched, pk.adam({gan(1): 0.0})):
         seen += batch
         log.append(torch.zeros(2))
     counts = [sum(torch.equal(a, b) for b in seen) for a in x]
@@ -331,8 +340,8 @@ def traced(tmp_path_factory):
 
         return traced_train
 
-    def traced_batches(x, args, epochs, stage, speed, opt, *first_epoch):
-        for batch, log in batches(x, args, epochs, stage, speed, opt, *first_epoch):
+    def traced_batches(x, args, epochs, stage, watch, opt, *first_epoch):
+        for batch, log in batches(x, args, epochs, stage, watch, opt, *first_epoch):
             stages[stage]["batches"].append(batch.clone())
             stages[stage]["rates"].append([group["lr"] for group in opt.param_groups])
             yield batch, log
@@ -398,37 +407,76 @@ def test_learning_rates_of_the_stages(traced):
         assert len(peaks[name]) == len(expected)
 
 
-def test_score_depends_on_the_image_alone():
-    net, x = gan(), images(300)
+def whitened(net, x):
+    """The net with the whitening of images x."""
+    net.mean, net.white = pk.whitening(net, x)
+    return net
+
+
+@pytest.mark.parametrize("kind", ["plain", "whitened"])
+def test_score_depends_on_the_image_alone(kind):
+    x = images(300)
+    net = whitened(gan(), x) if kind == "whitened" else gan()
     net.train()
-    scores = pk.score(net.g, x)
+    scores = pk.score(net, x)
     order = torch.randperm(300)
-    assert scores.std() > 0 and scores.dtype == torch.float32 and not net.g.training
-    assert torch.allclose(pk.score(net.g, x[order]), scores[order], rtol=1e-5)
-    alone = torch.cat([pk.score(net.g, image[None]) for image in x[:20]])
+    assert scores.std() > 0 and scores.dtype == torch.float32 and not net.training
+    assert torch.allclose(pk.score(net, x[order]), scores[order], rtol=1e-5)
+    alone = torch.cat([pk.score(net, image[None]) for image in x[:20]])
     assert torch.allclose(alone, scores[:20], rtol=1e-5)
-    assert torch.allclose(pk.score(net.g, x[250:]), scores[250:], rtol=1e-5)
+    assert torch.allclose(pk.score(net, x[250:]), scores[250:], rtol=1e-5)
 
 
 def test_scoring_one_image_leaves_onednn_as_it_was():
     before = torch._C._get_mkldnn_enabled()
-    pk.score(gan().g, images(1))
+    pk.score(gan(), images(1))
     assert torch._C._get_mkldnn_enabled() == before
 
 
-def test_score_is_the_distance_of_the_codes():
+def test_plain_score_is_the_distance_of_the_codes():
     net, x = gan(), images(2)
     out = net.g(x)
-    assert torch.allclose(pk.score(net.g, x), (out.z - out.z_hat).square().sum(1).sqrt())
+    assert torch.allclose(pk.score(net, x), (out.z - out.z_hat).square().sum(1).sqrt())
 
 
-def test_auroc_is_in_percent_with_anomalies_high(monkeypatch):
+def test_whitened_score_is_the_mahalanobis_length_of_the_residual():
+    net, x = gan(), images(400)
+    r = pk.in_parts(net.residual, x).double()
+    m, inverse = r.mean(0), torch.linalg.inv(torch.cov(r.T, correction=0))
+    by_hand = torch.stack([((v - m) @ inverse @ (v - m)).sqrt() for v in r])
+    scores = pk.score(whitened(net, x), x)
+    assert torch.allclose(scores.double(), by_hand, rtol=0.1)  # the covariance is shrunk a little
+    assert torch.corrcoef(torch.stack([scores.double(), by_hand]))[0, 1] > 0.99
+    assert scores.square().mean().item() == pytest.approx(10, rel=0.1)  # unit variance, z_dim 10
+
+
+def test_whitening_does_without_more_images_than_dimensions():
+    scores = pk.score(whitened(gan(), images(5)), images(50))
+    assert scores.isfinite().all() and scores.std() > 0
+
+
+def test_auroc_is_in_percent_with_anomalies_high_plain_and_whitened(monkeypatch):
+    """One residual of two numbers an image: the first is large on training images, too."""
     y = tensor(0, 0, 1, 1)
-    monkeypatch.setattr(pk, "score", lambda g, x: x)
-    assert pk.auroc(gan(1), tensor(0.1, 0.2, 0.8, 0.9), y) == 100
-    assert pk.auroc(gan(1), tensor(0.1, 0.8, 0.2, 0.9), y) == 75
+    monkeypatch.setattr(pk, "in_parts", lambda f, x: x)
+    rng = torch.Generator().manual_seed(0)
+    train = torch.randn(1000, 2, generator=rng) * tensor(10.0, 0.1)
+    test = tensor([9.0, 0.0], [1.0, 0.0], [0.0, 2.0], [2.0, 1.0])
+    plain, white = pk.auroc(gan(1), train, test, y)
+    assert plain == pytest.approx(50) and white == pytest.approx(100)
+    assert pk.auroc(gan(1), train, test.flip(0), y)[1] == pytest.approx(0)
     with pytest.raises(ValueError, match="NaN"):
-        pk.auroc(gan(1), tensor(0.1, math.nan, 0.2, 0.9), y)
+        pk.auroc(gan(1), train, test * math.nan, y)
+
+
+def test_pca_knows_images_unlike_the_training_images():
+    rng = torch.Generator().manual_seed(0)
+    directions = torch.rand(3, 1, 32, 32, generator=rng)
+    x, normal = (torch.randn(n, 3, generator=rng) for n in (100, 20))
+    x, normal = (torch.einsum("ni,ichw->nchw", t, directions) for t in (x, normal))
+    x_test = torch.cat([normal, torch.randn(20, 1, 32, 32, generator=rng)])
+    y = (torch.arange(40) >= 20).long()
+    assert pk.pca_auroc(x, x_test, y) == 100 and pk.pca_auroc(x, x_test, 1 - y) == 0
 
 
 def test_p_values_by_hand():
@@ -629,14 +677,18 @@ def test_default_command(tmp_path):
         assert result[key]["teacher"] > result[key]["student"] > 0
     assert {"dataset", "normal", "seed", "split", "images", "ratio", "seconds"} <= set(result)
     assert {"settings", "device", "versions", "version", "bf16"} <= set(result)
+    assert set(result["auroc_whitened"]) == set(result["auroc"]) and result["curve"] == {}
+    assert all(80 < value <= 100 for value in result["auroc_whitened"].values())
+    assert set(result["l1"]) == {"teacher", "student", "median_image"}
+    assert 90 < result["baselines"]["pca"] <= 100
     for stage, epochs in stages.items():
         lines = [s for s in done.stdout.splitlines() if re.match(rf"{stage} \d+/{epochs}:", s)]
         assert len(lines) == epochs
         assert all("images/s" in line and "s left" in line for line in lines)
-    gain = result["auroc"]["step2"] - result["auroc"]["student_alone"]
-    assert re.search(
-        rf"step2 +{result['auroc']['step2']:.2f} +{re.escape(f'{gain:+.2f}')}\n", done.stdout
-    )
+    row = []
+    for auroc in (result["auroc"], result["auroc_whitened"]):
+        row += [f"{auroc['step2']:.2f}", f"{auroc['step2'] - auroc['student_alone']:+.2f}"]
+    assert ["step2", *row] in map(str.split, done.stdout.splitlines())
     folder = tmp_path / "runs" / "digits-8-seed0"
     assert sorted(f.name for f in (tmp_path / "runs").rglob("*.*")) == [
         "result.json",
@@ -655,9 +707,61 @@ def test_result_and_files_are_of_the_same_nets(traced):
     folder = out / "digits-3-seed0"
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
     _, x_test, y_test, _ = pk.load_task(pk.parse([*TINY, "--normal", "3"]), "cpu")
-    for file, key in (("student.pt", "step2"), ("teacher.pt", "teacher_step2")):
+    x, *_ = pk.load_task(pk.parse([*TINY, "--normal", "3"]), "cpu")
+    stages = traced[0]
+    for file, key, i in (("student.pt", "step2", 1), ("teacher.pt", "teacher", 0)):
         net, _ = pk.load_gan(folder / file)
-        assert pk.auroc(net, x_test, y_test) == result["auroc"][key]
+        both = [result["auroc"][key], result["auroc_whitened"][key]]
+        assert pk.auroc(net, x, x_test, y_test) == both
+        white = 100 * metrics.roc_auc_score(y_test, pk.score(net, x_test))
+        assert white == pytest.approx(both[1])  # what is saved scores by the whitened residual
+        trained = stages[key]["after"][i]
+        assert same(
+            {k: v for k, v in net.state_dict().items() if "." in k},
+            {k: v for k, v in trained.items() if "." in k},
+        )
+    normal = x_test[y_test == 0]
+    x_hat = pk.in_parts(lambda part: net.g(part).x_hat, normal)
+    median = x.median(0).values.expand_as(normal)
+    assert result["l1"]["teacher"] == pytest.approx(F.l1_loss(x_hat, normal).item())
+    assert result["l1"]["median_image"] == pytest.approx(F.l1_loss(median, normal).item())
+
+
+def test_students_of_a_teacher_that_is_there(traced, tmp_path, monkeypatch, capsys):
+    """--teacher gives the very run that trained the teacher, whatever seed made it; the curve's
+    last points are the result's."""
+    _, result, out = traced
+    flags = [*TINY, "--normal", "3", "--out", str(tmp_path)]
+    stages, train_gan = [], pk.train_gan
+    monkeypatch.setattr(
+        pk,
+        "train_gan",
+        lambda *a, stage, **k: (stages.append(stage), train_gan(*a, stage=stage, **k)),
+    )
+    for teacher in (out, out / "digits-3-seed0" / "teacher.pt"):
+        again = pk.run(pk.parse([*flags, "--teacher", str(teacher), "--curve"]))
+        rival = {"joint_only": result["auroc"]["joint_only"]}
+        assert again["auroc"] | rival == result["auroc"] and stages == ["student_alone"]
+        stages.clear()
+        epochs = {"student_alone": 3, "step1": 2, "step2": 1}
+        assert {stage: len(points) for stage, points in again["curve"].items()} == epochs
+        for stage, points in again["curve"].items():
+            assert points[-1] == [again["auroc"][stage], again["auroc_whitened"][stage]]
+    capsys.readouterr()
+    assert exit_code(*flags, "--teacher", str(out), "--teacher-width", "5") == 2
+    assert exit_code(*flags, "--teacher", str(tmp_path / "none")) == 1
+    err = capsys.readouterr().err
+    assert "GAN(16, 1, 4, 100), the settings ask for GAN(16, 1, 5, 100)" in err.splitlines()[0]
+    assert "none is no whole" in err.splitlines()[-1]
+
+
+def test_no_whiten_leaves_the_papers_plain_score(tmp_path):
+    s = pk.parse([*TINY, "--no-whiten", "--out", str(tmp_path)])
+    result = pk.run(s)
+    net, _ = pk.load_gan(tmp_path / "digits-0-seed0" / "student.pt")
+    _, x_test, y_test, _ = pk.load_task(s, "cpu")
+    plain = 100 * metrics.roc_auc_score(y_test, pk.score(net, x_test))
+    assert plain == pytest.approx(result["auroc"]["step2"]) and not net.mean.any()
 
 
 def test_equal_seeds_give_equal_results(tmp_path):
@@ -689,9 +793,9 @@ BAD_INPUT = [  # exit code, words of the message, flags
     (2, ["nosuch", "digits", "mnist", "fmnist", "cifar10", "folder"], ["--dataset", "nosuch"]),
     (2, ["cat", "0", "9"], ["--normal", "cat"]),
     (2, ["10", "0", "9"], ["--normal", "10"]),
-    (2, ["--size", "power of two"], ["--size", "24"]),
-    (2, ["--size", "power of two"], ["--size", "1073741824"]),
-    (2, ["--batch", "at least 1"], ["--batch", "0"]),
+    (2, ["--size", "16, 32, 64"], ["--size", "24"]),
+    (2, ["--size", "16, 32, 64"], ["--size", "1073741824"]),
+    (1, ["foreign/digits-8-seed0/teacher.pt"], ["--teacher", "foreign"]),
     (1, ["teacher", "learning rate"], ["--lr-teacher", "nan"]),
     (2, ["--what"], ["--what"]),
     (2, ["--norma"], ["--norma", "1"]),
@@ -729,6 +833,7 @@ def bad_input(tmp_path_factory):
         for kind in ("images-idx3", "labels-idx1"):
             write_idx(raw / f"{split}-{kind}-ubyte", nothing)
     (root / "a file").write_text("")
+    (root / "foreign").mkdir()
     return root
 
 
@@ -746,7 +851,7 @@ def test_bad_input_gets_one_clear_line(code, words, flags, bad_input, monkeypatc
     monkeypatch.chdir(bad_input)
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(pk, "cost", None)  # none of these may come to the end of the training
+    monkeypatch.setattr(pk, "compare", None)  # none of these may come to the end of the training
     assert exit_code("--size", "16", *flags) == code
     stderr = capsys.readouterr().err
     assert len(stderr.splitlines()) == 1 and stderr.startswith("pkdgan.py: "), stderr
@@ -864,7 +969,7 @@ def test_calibration_images_are_not_trained_on(trained):
     for file in ("student.pt", "teacher.pt"):
         net, calibration = pk.load_gan(folder / file)
         assert torch.equal(calibration, calibration.sort().values)
-        one_by_one = torch.cat([pk.score(net.g, image[None]) for image in held])
+        one_by_one = torch.cat([pk.score(net, image[None]) for image in held])
         assert torch.equal(calibration, one_by_one.sort().values)  # as --score does it
     assert [pk.parse(["--dataset", name]).holdout for name in ("mnist", "folder")] == [0, 0.1]
 
@@ -873,7 +978,7 @@ def test_calibration_images_are_not_trained_on(trained):
 def test_false_alarms_stay_within_alpha(alpha, trained):
     folder, _, x_test, y_test = trained
     net, calibration = pk.load_gan(folder / "student.pt")
-    p = pk.p_values(pk.score(net.g, x_test), calibration)
+    p = pk.p_values(pk.score(net, x_test), calibration)
     alarms, n = p[y_test == 0] <= alpha, len(calibration)
     # the promise is of the mean over calibrations
     deviation = (alpha * (1 - alpha) * (1 / len(alarms) + 1 / n)) ** 0.5
@@ -903,7 +1008,7 @@ def test_scores_of_a_thousand_images_and_a_broken_one(trained, tmp_path, monkeyp
     net, calibration = pk.load_gan(student)
     for path, value, p, verdict in lines[:40] + lines[-1:]:
         x = pk.read_image(tmp_path / path, 16)[None, :1] / 127.5 - 1
-        by_itself = pk.score(net.g, x)
+        by_itself = pk.score(net, x)
         assert float(value) == pytest.approx(by_itself.item(), rel=1e-4)
         expected = (calibration >= by_itself * (1 - 1e-5)).sum() + 1
         assert float(p) == pytest.approx(expected.item() / (len(calibration) + 1), abs=1e-4)
@@ -924,7 +1029,7 @@ def test_score_without_held_out_images_says_so(traced, tmp_path, capsys):
     student = str(traced[2] / "digits-3-seed0" / "student.pt")
     assert pk.main(["--score", student, png(tmp_path / "a.png", x[0])]) == 0
     out, err = capsys.readouterr()
-    assert scored(out)[0][2:] == ["", ""] and len(err.splitlines()) == 1 and "--holdout" in err
+    assert scored(out)[0][2:] == ["1", ""] and len(err.splitlines()) == 1 and "--holdout" in err
     assert pk.main(["--score", student]) == 1 and "0 of 0 images" in capsys.readouterr().err
 
 
@@ -936,7 +1041,7 @@ def test_score_adapts_images_as_training_does(channels, mode, tmp_path, capsys):
     Image.new(mode, (40, 30), colour).save(tmp_path / "a.png")
     assert pk.main(["--score", student, str(tmp_path / "a.png")]) == 0
     out, err = capsys.readouterr()
-    expected = pk.score(net.g, torch.full((1, channels, 16, 16), 200 / 127.5 - 1)).item()
+    expected = pk.score(net, torch.full((1, channels, 16, 16), 200 / 127.5 - 1)).item()
     assert float(scored(out)[0][1]) == pytest.approx(expected, rel=1e-4) and err == ""
 
 
@@ -1015,14 +1120,14 @@ assert "pkdgan" not in sys.modules
 """
     call = [sys.executable, "-c", code, folder / "student.pt2"]
     subprocess.run(call, cwd=tmp_path, check=True, env=ENVIRONMENT)
-    expected = pk.score(pk.load_gan(folder / "student.pt")[0].g, x_test[:300])
+    expected = pk.score(pk.load_gan(folder / "student.pt")[0], x_test[:300])
     for scores in torch.load(tmp_path / "scores.pt"):
         assert torch.allclose(scores, expected[: len(scores)], rtol=1e-5, atol=1e-5)
 
 
 def test_samples_show_what_they_say(trained):
     folder, _, x_test, y_test = trained
-    student, teacher = (pk.load_gan(folder / file)[0].g for file in ("student.pt", "teacher.pt"))
+    student, teacher = (pk.load_gan(folder / file)[0] for file in ("student.pt", "teacher.pt"))
     scores = pk.score(student, x_test)
     picture = TF.pil_to_tensor(Image.open(folder / "samples.png"))[0] / 127.5 - 1
 
@@ -1034,7 +1139,7 @@ def test_samples_show_what_they_say(trained):
         order = torch.tensor([i for i in scores.argsort() if y_test[i] == kind])
         for column, i in ((start, order[0]), (start + 7, order[-1])):
             x = x_test[i][None]
-            for row, expected in enumerate((x, teacher(x).x_hat, student(x).x_hat)):
+            for row, expected in enumerate((x, teacher.g(x).x_hat, student.g(x).x_hat)):
                 assert torch.allclose(shown(row, column), expected[0, 0], atol=0.02)
 
 
@@ -1254,11 +1359,11 @@ def test_readme_names_what_there_is():
     assert set(re.findall(r"(?<=[ `])--[a-z][a-z0-9-]+", readme)) <= known | shell
 
 
-def test_help_shows_the_settings(capsys):
+def test_help_names_every_flag(capsys):
     assert exit_code("--help") == 0
     text = capsys.readouterr().out
-    assert '"kd_adv": 0.1,  # weight' in text and "--kd-adv" in text and "--no-flip" in text
-    assert '"mnist": {"student_width": 6' in text
+    assert all("--" + name.replace("_", "-") in text for name in pk.SETTINGS)
+    assert "--no-flip" in text and "SETTINGS" in text
 
 
 def test_everything_public_has_a_docstring():
