@@ -73,7 +73,7 @@ SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for
     "ablation": False,  # also train both jointly from random weights, the single-step rival
     "size": 32,  # images become size x size; a power of two from 16
     "teacher_width": 128,  # channels of the teacher's first block
-    "student_width": 24,  # channels of the student's first block
+    "student_width": 0,  # of the student's; 0: a tenth of the teacher's, 50 to 90 times cheaper
     "z_dim": 100,  # numbers in a code z or z_hat, teacher and student alike
     "batch": 64,  # images per update
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
@@ -91,13 +91,14 @@ SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for
     "kd_adv": 0.1,  # weight of the adversarial distillation loss; at 1 it outweighs the others
     "flip": True,  # mirror training images left-right at random
 }
-DIGITS = {"epochs": 20, "epochs1": 20, "epochs2": 10, "lr_teacher": 2.5e-4, "batch": 16}
+DIGITS = {"epochs": 20, "epochs1": 40, "epochs2": 10, "lr_teacher": 2.5e-4, "lr_student": 5e-3}
 DIGITS |= {"normal": "8", "teacher_width": 32, "student_width": 4, "w_con": 10.0, "flip": False}
+DIGITS |= {"batch": 16}
 PER_DATASET = {  # widths reach the paper's ratios: CIFAR-10 24.45, MNIST 311.11, Fashion-MNIST 700
     "digits": DIGITS,
-    "mnist": {"student_width": 6, "w_con": 10.0, "flip": False},
+    "mnist": {"student_width": 6, "lr_teacher": 2.5e-4, "w_con": 10.0, "flip": False},
     "fmnist": {"student_width": 3},
-    "cifar10": {},
+    "cifar10": {"student_width": 16},
     "folder": {"holdout": 0.1, "epoch_images": 4000},
 }
 CHOICES = {"dataset": list(PER_DATASET), "size": [16, 32, 64, 128, 256, 512]}
@@ -115,6 +116,7 @@ def parse(argv=None):
         parser.add_argument("--" + name.replace("_", "-"), default=default, **how)
     parser.set_defaults(**PER_DATASET[parser.parse_args(argv).dataset])
     args = parser.parse_args(argv)
+    args.student_width = args.student_width or args.teacher_width // 10
     if args.device == "auto":
         fastest = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
         args.device = str(fastest or "cpu")
@@ -302,17 +304,8 @@ def train_gan(gan, x, args, *, epochs, lr, stage, watch):
     opt = adam({gan: lr})
     for x_real, log in batches(x, args, epochs, stage, watch, opt):  # steps the rate, prints
         out = amp(gan.g, x_real)
-
-        # ---- D: minimise L_D; x is real, x_hat is fake
-        logit_real, logit_fake = logit(gan.d, x_real), logit(gan.d, out.x_hat)
-        loss_d = discriminator_loss(logit_real, logit_fake)
-        update(loss_d, [gan.d], opt)
-
-        # ---- G: minimise L_G = w_adv L_adv + w_con L_con + w_lat L_lat
-        loss_g = generator_loss(gan, x_real, out, features(gan.d, out.x_hat), args)
-        update(loss_g, [gan.g], opt)
-
-        log.append(torch.stack([loss_d, loss_g]).detach())
+        loss_d, loss_g = gan_losses(gan, x_real, out, args)
+        log.append(update(loss_d, loss_g, [gan], opt))
 
 
 def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0, first_epoch=0):
@@ -321,57 +314,59 @@ def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0,
     losses besides; the teacher trains on by its own, as in train_gan. rate: share of the learning
     rates in args. Batches go on as after first_epoch epochs. Calls and raises as train_gan."""
     student.train()
-    teacher.train(joint).requires_grad_(joint)  # frozen: no gradient; it has no buffers to update
+    teacher.train(joint).requires_grad_(joint)  # frozen: no gradient; no buffer moves in training
     rates = {student: rate * args.lr_student}
     if joint:
         rates[teacher] = rate * teacher_lr(args)
     opt = adam(rates)
     for x_real, log in batches(x, args, epochs, stage, watch, opt, first_epoch):
         out_t, out_s = amp(teacher.g, x_real), amp(student.g, x_real)
-
-        # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake (in step 1
-        # ---- Adam cancels the weight). If joint, both D have their own L_D, too
-        logit_s, logit_t = logit(student.d, out_s.x_hat), logit(student.d, out_t.x_hat)
-        loss_d = args.kd_adv * discriminator_loss(logit_t, logit_s)
+        loss_d, loss_g = distillation_losses(student, out_t, out_s, args)
         if joint:
-            d_s = discriminator_loss(logit(student.d, x_real), logit_s)
-            d_t = discriminator_loss(logit(teacher.d, x_real), logit(teacher.d, out_t.x_hat))
-            loss_d = loss_d + d_s + d_t
-        update(loss_d, [gan.d for gan in rates], opt)
-
-        # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent
-        # ---- + kd_adv L_adv_kd. If joint, both G have their own L_G, too
-        f_t, f_s = features(student.d, out_t.x_hat), features(student.d, out_s.x_hat)
-        inter = intermediate_distillation_loss(out_t.hidden, out_s.hidden, out_t.x_hat, out_s.x_hat)
-        latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
-        adv_kd = adversarial_distillation_loss(f_t, f_s)
-        loss_g = args.kd_inter * inter + args.kd_latent * latent + args.kd_adv * adv_kd
-        if joint:
-            g_s = generator_loss(student, x_real, out_s, f_s, args)
-            g_t = generator_loss(teacher, x_real, out_t, features(teacher.d, out_t.x_hat), args)
-            loss_g = loss_g + g_s + g_t
-        update(loss_g, [gan.g for gan in rates], opt)
-
-        log.append(torch.stack([loss_d, loss_g]).detach())
+            for gan, out in (student, out_s), (teacher, out_t):
+                own_d, own_g = gan_losses(gan, x_real, out, args)
+                loss_d, loss_g = loss_d + own_d, loss_g + own_g
+        log.append(update(loss_d, loss_g, rates, opt))
 
 
-def logit(d, x):
-    """D(x) (B, 1) to train discriminator d, from which no gradient flows to what made x."""
-    return amp(d, x.detach())[0]
+def gan_losses(gan, x, out, args):
+    """The losses (for D, for G) of a GAN by itself, whose generator made `out` of images x:
+    GANomaly's, our weights [ours]."""
+    logit_real, f_x = judge(gan.d, x)
+    logit_fake, f_x_hat = judge(gan.d, out.x_hat)
 
+    # ---- D: minimise L_D; x is real, x_hat is fake
+    loss_d = discriminator_loss(logit_real, logit_fake)
 
-def features(d, x):
-    """f(x) (B, channels, 4, 4) of discriminator d: what its last block puts out, in float32."""
-    return amp(d, x)[1][-1].float()
-
-
-def generator_loss(gan, x, out, f_x_hat, args):
-    """L_G = w_adv L_adv + w_con L_con + w_lat L_lat of a GAN whose generator made `out` of x and
-    whose discriminator has features f_x_hat for x_hat: GANomaly's losses, our weights [ours]."""
-    adv = adversarial_loss(features(gan.d, x), f_x_hat)
+    # ---- G: minimise L_G = w_adv L_adv + w_con L_con + w_lat L_lat
+    adv = adversarial_loss(f_x, f_x_hat)
     con = contextual_loss(x, out.x_hat)
     lat = latent_loss(out.z, out.z_hat)
-    return args.w_adv * adv + args.w_con * con + args.w_lat * lat
+    return loss_d, args.w_adv * adv + args.w_con * con + args.w_lat * lat
+
+
+def distillation_losses(student, out_t, out_s, args):
+    """The losses (for D, for G) by which a student learns from what the generators of teacher and
+    student made of the same images."""
+    logit_t, f_t = judge(student.d, out_t.x_hat.detach())
+    logit_s, f_s = judge(student.d, out_s.x_hat)
+
+    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake (in step 1, where
+    # ---- it is D's only loss, Adam cancels the weight)
+    loss_d = args.kd_adv * discriminator_loss(logit_t, logit_s)
+
+    # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
+    inter = intermediate_distillation_loss(out_t.hidden, out_s.hidden, out_t.x_hat, out_s.x_hat)
+    latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
+    adv_kd = adversarial_distillation_loss(f_t, f_s)
+    return loss_d, args.kd_inter * inter + args.kd_latent * latent + args.kd_adv * adv_kd
+
+
+def judge(d, x):
+    """(D(x) (B, 1), f(x) (B, channels, 4, 4)) of discriminator d: its logits, and its features,
+    what its last block puts out; in float32."""
+    logit, hidden = amp(d, x)
+    return logit, hidden[-1].float()
 
 
 def batches(x, args, epochs, stage, watch, opt, first_epoch=0):
@@ -416,11 +411,15 @@ def adam(rates):
     return torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
 
 
-def update(loss, nets, opt):
-    """Descend the loss in the parameters of these nets, and touch no other."""
+def update(loss_d, loss_g, gans, opt):
+    """One step: the discriminators of these GANs descend loss_d, their generators loss_g, and no
+    other net moves. Both gradients are taken before either moves, so that no pass is made twice
+    (GANomaly does likewise). Returns the losses (2,), detached."""
     opt.zero_grad()
-    loss.backward(inputs=[p for net in nets for p in net.parameters()])
-    opt.step()  # skips parameters that have no gradient
+    loss_d.backward(inputs=[p for gan in gans for p in gan.d.parameters()], retain_graph=True)
+    loss_g.backward(inputs=[p for gan in gans for p in gan.g.parameters()])
+    opt.step()
+    return torch.stack([loss_d, loss_g]).detach()
 
 
 @functools.lru_cache
@@ -587,53 +586,42 @@ def run(args):
     the content of result.json, which goes to a folder of this task in args.out, with the nets."""
     began = time.perf_counter()
     x, x_test, y_test, name = load_task(args, args.device)
-    dataset = Path(args.data).resolve().name if args.dataset == "folder" else args.dataset
-    task = f"{dataset}-{name}-seed{args.seed}{'-val' * args.val}".replace("/", "-")
-    folder = Path(args.out, task)
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # rather fail now than after the training
+    folder = make_folder(args, name)
     x_held = x[:0]
     if args.holdout:
         x, x_held = model_selection.train_test_split(x, test_size=args.holdout, random_state=0)
-    print(f"{task}: {len(x)} images, held out {len(x_held)}, on {args.device}", flush=True)
+    print(f"{folder.name}: {len(x)} images, held out {len(x_held)}, on {args.device}", flush=True)
 
     def fresh(width):
         """A GAN whose initial weights depend on its width and the seed alone."""
         torch.manual_seed(args.seed)
         return GAN(args.size, x.shape[1], width, args.z_dim).to(args.device)
 
-    teacher, student = fresh(args.teacher_width), fresh(args.student_width)
-    alone = fresh(args.student_width)
-    nets = {"teacher": teacher, "student_alone": alone, "step1": student, "step2": student}
-    auc, whitened, curve, speed = {}, {}, {}, {}
-
     def evaluate(stage, gan):
-        auc[stage], whitened[stage] = auroc(gan, x, x_test, y_test)
+        plain[stage], whitened[stage] = auroc(gan, x, x_test, y_test)
 
     def watch(stage, images_per_second):
         speed[stage] = images_per_second
         if args.curve:
             curve.setdefault(stage, []).append(auroc(nets[stage], x, x_test, y_test))
+            nets[stage].train()
 
-    common = {"x": x, "args": args, "watch": watch}
+    plain, whitened, curve, speed = {}, {}, {}, {}
+    teacher, student = fresh(args.teacher_width), fresh(args.student_width)
+    alone = fresh(args.student_width)
+    nets = {"teacher": teacher, "student_alone": alone, "step1": student, "step2": student}
     both = args.epochs1 + args.epochs2
+    common = {"x": x, "args": args, "watch": watch}
+
     if args.teacher:
-        trained, _ = load_gan(args.teacher, task)
-        if trained.form != teacher.form:
-            raise ValueError(
-                f"--teacher is a GAN{trained.form}, the settings ask for GAN{teacher.form}"
-            )
-        teacher.load_state_dict(trained.state_dict())
+        load_teacher(teacher, args.teacher, folder.name)
     else:
         train_gan(teacher, epochs=args.epochs, lr=teacher_lr(args), stage="teacher", **common)
     evaluate("teacher", teacher)
-
     train_gan(alone, epochs=both, lr=args.lr_student, stage="student_alone", **common)
     evaluate("student_alone", alone)
-
     distill(teacher, student, epochs=args.epochs1, joint=False, stage="step1", **common)
     evaluate("step1", student)
-
     partner = copy.deepcopy(teacher)  # step 2 changes it, and teacher.pt can start other runs
     go_on = {"rate": args.lr_step2, "first_epoch": args.epochs1}
     distill(partner, student, epochs=args.epochs2, joint=True, stage="step2", **go_on, **common)
@@ -645,17 +633,33 @@ def run(args):
         distill(rival, nets["joint_only"], epochs=both, joint=True, stage="joint_only", **common)
         evaluate("joint_only", nets["joint_only"])
 
-    result = {"dataset": args.dataset, "normal": name, "seed": args.seed, "auroc": auc}
-    result |= {"auroc_whitened": whitened, "curve": curve, "images_per_second": speed}
-    result |= compare(teacher, student, x, x_test, y_test) | origin(args)
-    result["seconds"] = time.perf_counter() - began
+    result = {"normal": name, "auroc": plain, "auroc_whitened": whitened, "curve": curve}
+    result |= {"images_per_second": speed, "seconds": time.perf_counter() - began}
+    result |= origin(args) | compare(teacher, student, x, x_test, y_test)
     print_tables(result)
-    if args.whiten:
-        for gan in (teacher, student):
-            gan.mean, gan.white = whitening(gan, x)
-    save(folder, result, teacher.cpu(), student.cpu(), x_held.cpu(), x_test.cpu(), y_test)
+    save(folder, result, teacher, student, x, x_held.cpu(), x_test.cpu(), y_test)
     print(f"RESULT {json.dumps(result)}", flush=True)
     return result
+
+
+def make_folder(args, name):
+    """The folder for the results of a task, whose normal class has this name."""
+    dataset = Path(args.data).resolve().name if args.dataset == "folder" else args.dataset
+    task = f"{dataset}-{name}-seed{args.seed}{'-val' * args.val}".replace("/", "-")
+    folder = Path(args.out, task)
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # rather fail now than after the training
+    return folder
+
+
+def load_teacher(teacher, path, task):
+    """Fill a teacher with the weights of a teacher.pt, or of the one of this task in a folder of
+    runs. Raises OSError for what is none, ValueError for one of another form."""
+    path = Path(path, task, "teacher.pt") if Path(path).is_dir() else path
+    trained, _ = load_gan(path)
+    if trained.form != teacher.form:
+        raise ValueError(f"{path} is a GAN{trained.form}; the settings ask for GAN{teacher.form}")
+    teacher.load_state_dict(trained.state_dict())
 
 
 def compare(teacher, student, x, x_test, y_test):
@@ -671,11 +675,13 @@ def compare(teacher, student, x, x_test, y_test):
 
 
 def origin(args):
-    """What made a result: settings, version, precision, device and packages."""
+    """Where a result comes from: task, settings, version, precision, device and packages."""
     cuda = args.device.startswith("cuda")
     name = torch.cuda.get_device_name(args.device) if cuda else args.device
     modules = torch, torchvision, sklearn
     return {
+        "dataset": args.dataset,
+        "seed": args.seed,
         "settings": vars(args),
         "split": "validation" if args.val else "test",
         "version": VERSION,
@@ -701,11 +707,15 @@ def print_tables(result):
         print(f"{key:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
 
 
-def save(folder, result, teacher, student, x_held, x_test, y_test):
-    """Write the nets, samples.png, result.json and the exported student."""
+def save(folder, result, teacher, student, x, x_held, x_test, y_test):
+    """Write the nets, with the whitening of training images x, samples.png, result.json and the
+    exported student."""
     with tempfile.TemporaryDirectory(dir=folder) as part:  # files appear whole or not at all
         part = Path(part)
         for name, gan in ("teacher.pt", teacher), ("student.pt", student):
+            if result["settings"]["whiten"]:
+                gan.mean, gan.white = whitening(gan, x)
+            gan.cpu()
             scores = torch.cat([score(gan, image) for image in x_held.split(1)])  # as --score
             content = {"version": VERSION, "form": gan.form, "weights": gan.state_dict()}
             content["calibration"] = scores.sort().values
@@ -717,8 +727,8 @@ def save(folder, result, teacher, student, x_held, x_test, y_test):
         order = score(student, x_test).argsort()
         kinds = order[y_test[order] == 1], order[y_test[order] == 0]
         picks = [kind[torch.linspace(0, len(kind) - 1, 8).long()] for kind in kinds]
-        x = x_test[torch.cat(picks)]
-        rows = torch.cat([x, teacher.g(x).x_hat, student.g(x).x_hat])
+        some = x_test[torch.cat(picks)]
+        rows = torch.cat([some, teacher.g(some).x_hat, student.g(some).x_hat])
         look = {"nrow": 16, "normalize": True, "value_range": (-1, 1)}
         torchvision.utils.save_image(rows, part / "samples.png", **look)
         (part / "result.json").write_text(json.dumps(result, indent=1))
@@ -736,11 +746,8 @@ def save(folder, result, teacher, student, x_held, x_test, y_test):
 
 
 # -------------------------------------------------------------------------- using a trained student
-def load_gan(path, task=""):
-    """(GAN, calibration scores) of a student.pt or teacher.pt, or of a task's teacher.pt in a
-    folder of runs, on the CPU. Raises OSError."""
-    if Path(path).is_dir():
-        path = Path(path, task, "teacher.pt")
+def load_gan(path):
+    """(GAN, calibration scores) of a student.pt or teacher.pt, on the CPU. Raises OSError."""
     try:
         damaged = zipfile.ZipFile(path).testzip()
         saved = torch.load(path, map_location="cpu", weights_only=True)

@@ -4,8 +4,7 @@
 #   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs bash run_all.sh [pkdgan.py's flags]
 #   sbatch --array=0-29 run_all.sh           # Slurm: each task of the array does its share
 #   JOBS=0 bash run_all.sh                   # nothing but the table of what there is
-# JOBS runs go at a time and share the cores. Each has a log in OUT, and a folder with its result.
-# Stop this however you like and start it again: what has a result of the same settings is skipped.
+# JOBS runs go at a time. Stop this as you like: started again, it skips what has a result in OUT.
 set -aeuo pipefail -f # -a: what follows, functions too, is there in the runs' processes
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) PYTHON=$(command -v python || command -v python3)
 [ -f "$HERE/pkdgan.py" ] || HERE=$SLURM_SUBMIT_DIR # Slurm starts a copy that lies elsewhere
@@ -34,7 +33,8 @@ sys.path.insert(0, os.environ["HERE"]); import pkdgan, torch
 for file in out.glob("*-seed*/result.json"):
     with suppress(OSError, ValueError, LookupError, TypeError):  # another program's, half replaced
         r = json.loads(file.read_text())
-        r["auroc"]["gain"] = r["auroc"]["step2"] - r["auroc"]["student_alone"]
+        for auroc in (r["auroc"], r["auroc_whitened"]):
+            auroc["gain"] = auroc["step2"] - auroc["student_alone"]
         have += [r] * (r["version"] == pkdgan.VERSION)
 for d, s, n in map(str.split, os.environ["RUNS"].splitlines()):
     want = vars(pkdgan.parse([*flags, "--dataset", d, "--seed", s, "--normal", n]))
@@ -43,27 +43,30 @@ for d, s, n in map(str.split, os.environ["RUNS"].splitlines()):
         free = {key: r["settings"][key] for key in ("out", "device", "alpha", "normal", "score")}
         free["ablation"] = want["ablation"] or r["settings"]["ablation"]
         if want | free == r["settings"] and n in (r["normal"], free["normal"]):
-            native = pkdgan.native_bf16(torch.device(want["device"]).type)
-            got |= {asked[-1]: r} if mode == "table" or r["bf16"] == native else {}
+            if mode == "table" or r["bf16"] == pkdgan.native_bf16(torch.device(want["device"]).type):
+                got[asked[-1]] = r
     if mode == "todo" and asked[-1] not in got:
         print(d, s, n, out / f"{asked[-1][0]}-{n}-seed{s}.log".replace("/", "-"))
 len({id(r) for r in got.values()}) < len(got) and sys.exit("run_all.sh: NORMALS names one class twice")
 for title in dict.fromkeys(title for title, *_ in asked) if mode == "table" else ():
     seeds, normals = (list(dict.fromkeys(run[i] for run in asked if run[0] == title)) for i in (1, 2))
     mine = [r for run, r in got.items() if run[0] == title]
-    rival = any("joint_only" in r["auroc"] for r in mine)
-    keys = ["teacher", "student_alone", "step1", "step2", "gain"] + ["joint_only"] * rival
+    keys = ["teacher", "student_alone", "step1", "step2", "gain", "joint_only"]
+    keys = [key for key in keys if key != "joint_only" or any(key in r["auroc"] for r in mine)]
     print(f"\n| {title} | {' | '.join(keys)} | seeds |\n|" + "---|" * (len(keys) + 2))
     for name, group in [*((n, [n]) for n in normals), ("mean", normals)]:
         full = [s for s in seeds if all((title, s, n) in got for n in group)]
-        for key in keys:  # mean ± std over the seeds that have the whole group
-            values = [[got[title, s, n]["auroc"].get(key) for n in group] for s in full]
-            means = [mean(value) for value in values if None not in value]
-            name += f" | {mean(means):{'+' * (key == 'gain')}.2f}" if means else " | missing"
-            name += f" ± {stdev(means):.2f}" if len(means) > 1 else ""
+        for key in keys:  # plain / whitened, mean ± std over the seeds that have the whole group
+            cell = []
+            for kind in ("auroc", "auroc_whitened"):
+                means = [[got[title, s, n][kind].get(key) for n in group] for s in full]
+                means = [mean(values) for values in means if None not in values]
+                spread = f" ± {stdev(means):.2f}" if len(means) > 1 else ""
+                cell += [f"{mean(means):.2f}{spread}"] if means else []
+            name += f" | {' / '.join(cell) or 'missing'}"
         print(f"| {name} | {len(full)} of {len(seeds)} |")
-    print(*{f"\nAUROC in %, {r['split']} split, {r['device']}, torch {r['versions']['torch']}, bfloat16 "
-            f"{r['bf16']}, FLOPs {r['ratio']:.2f} : 1" for r in mine}, sep="")
+    print(*{f"\nAUROC in %, plain / whitened, {r['split']} split, {r['device']}, "
+            f"torch {r['versions']['torch']}, bfloat16 {r['bf16']}, FLOPs {r['ratio']:.2f} : 1" for r in mine}, sep="")
 sys.exit(mode == "table" and len(got) < len(asked))
 END
 }

@@ -129,8 +129,9 @@ def test_shapes(size, channels):
     halves = [size // 2 ** (i + 1) for i in range(int(math.log2(size)) - 2)]
     assert out.z.shape == out.z_hat.shape == (2, 10) and out.x_hat.shape == x.shape
     assert [h.shape[2] for h in out.hidden] == halves + halves[::-1] and halves[-1] == 4
-    assert pk.logit(net.d, x).shape == (2, 1) and out.x_hat.abs().max() <= 1
-    assert pk.features(net.d, x).shape == (2, pk.block_widths(size, 3)[-1], 4, 4)
+    logit, features = pk.judge(net.d, x)
+    assert logit.shape == (2, 1) and out.x_hat.abs().max() <= 1
+    assert features.shape == (2, pk.block_widths(size, 3)[-1], 4, 4)
     for code in (out.z, out.z_hat):
         assert torch.allclose(code.norm(dim=1), torch.tensor(10.0).sqrt())
 
@@ -164,7 +165,7 @@ def test_norm_is_that_of_a_batch_of_one():
 def test_training_passes_return_float32():
     net, x = gan(), images(2)
     out = pk.amp(net.g, x)
-    given = (out.z, out.x_hat, out.z_hat, pk.logit(net.d, x), pk.features(net.d, x))
+    given = (out.z, out.x_hat, out.z_hat, *pk.judge(net.d, x))
     assert {t.dtype for t in given} == {torch.float32}
     bf16 = pk.native_bf16("cpu")
     assert out.hidden[0].dtype == (torch.bfloat16 if bf16 else torch.float32)
@@ -194,27 +195,42 @@ def test_flops_by_hand():
 
 
 @pytest.mark.parametrize("case", ["alone", "step 1", "joint"])
-def test_each_update_touches_its_own_nets_alone(case, monkeypatch):
+@pytest.mark.parametrize("net", ["d", "g"])
+def test_each_loss_moves_its_own_nets_alone(net, case, monkeypatch):
+    """With the other loss times zero: what has a gradient at all, and what one update changes."""
     teacher, student = gan(4), gan(2)
     nets = {"t.g": teacher.g, "t.d": teacher.d, "s.g": student.g, "s.d": student.d}
-    expected = [{"t.d", "s.d"}, {"t.g", "s.g"}] if case == "joint" else [{"s.d"}, {"s.g"}]
-    changed, with_gradient, after = [], [], {}
-
-    def spy(loss, own, opt, update=pk.update):
-        before = {name: weights(net) for name, net in nets.items()}
-        update(loss, own, opt)
-        after.update({name: weights(net) for name, net in nets.items()})
-        changed.append({name for name in nets if not same(before[name], after[name])})
-        has = {n: any(p.grad is not None for p in net.parameters()) for n, net in nets.items()}
-        with_gradient.append({name for name in nets if has[name]})
-
-    monkeypatch.setattr(pk, "update", spy)
+    before = {name: weights(part) for name, part in nets.items()}
+    update = pk.update
+    share = {"d": (1, 0), "g": (0, 1)}[net]
+    monkeypatch.setattr(
+        pk, "update", lambda d, g, gans, opt: update(share[0] * d, share[1] * g, gans, opt)
+    )
     if case == "alone":
         train(student, images())
     else:
         distill(teacher, student, images(), case == "joint")
-    assert changed == with_gradient == expected  # nor does a loss leave gradients in another net
-    assert all(same(after[name], weights(net)) for name, net in nets.items())
+    moved = {name for name, part in nets.items() if not same(before[name], weights(part))}
+    assert moved == ({f"t.{net}", f"s.{net}"} if case == "joint" else {f"s.{net}"})
+    trained = {"s.d", "s.g"} | ({"t.d", "t.g"} if case == "joint" else set())
+    assert {
+        n for n, part in nets.items() if any(p.grad is not None for p in part.parameters())
+    } == trained
+
+
+def test_update_is_of_both_gradients_before_either_moves():
+    """By hand: plain gradient descent on the losses of the nets as they are."""
+    net, x = gan(), images()
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    loss_d, loss_g = pk.gan_losses(net, x, net.g(x), SETTINGS)
+    expected = {}
+    for name, part, loss in (("d", net.d, loss_d), ("g", net.g, loss_g)):
+        grads = torch.autograd.grad(loss, list(part.parameters()), retain_graph=True)
+        for (key, p), grad in zip(part.named_parameters(), grads, strict=True):
+            expected[f"{name}.{key}"] = (p - 0.1 * grad).detach()
+    losses = pk.update(loss_d, loss_g, [net], opt)
+    assert losses.tolist() == [loss_d.item(), loss_g.item()] and not losses.requires_grad
+    assert all(torch.allclose(p, expected[name]) for name, p in net.named_parameters())
 
 
 def test_step_1_learns_from_the_teacher_alone():
@@ -260,19 +276,17 @@ def test_kd_adv_weighs_in_the_discriminators_loss():
 def test_discriminator_is_trained_to_tell_real_from_fake():
     net, x = gan(), images(16)
     train(net, x, epochs=30)
-    assert pk.logit(net.d, x).mean() > 0.3 > -0.3 > pk.logit(net.d, net.g(x).x_hat).mean()
+    real, fake = (pk.judge(net.d, batch)[0] for batch in (x, net.g(x).x_hat))
+    assert real.mean() > 0.3 > -0.3 > fake.mean()
 
 
 def test_students_discriminator_learns_to_tell_teachers_from_students(monkeypatch):
     teacher, student, x = gan(4), gan(2), images(16)
     update = pk.update
-    only_d = [student.d]
-    monkeypatch.setattr(
-        pk, "update", lambda loss, nets, opt: nets == only_d and update(loss, nets, opt)
-    )
+    monkeypatch.setattr(pk, "update", lambda d, g, *rest: update(d, 0 * g, *rest))
     distill(teacher, student, x, False, epochs=100)
-    x_hat_t, x_hat_s = teacher.g(x).x_hat, student.g(x).x_hat
-    assert pk.logit(student.d, x_hat_t).mean() > 0.5 > -0.5 > pk.logit(student.d, x_hat_s).mean()
+    of_t, of_s = (pk.judge(student.d, net.g(x).x_hat)[0] for net in (teacher, student))
+    assert of_t.mean() > 0.5 > -0.5 > of_s.mean()
 
 
 def test_adam_has_dcgans_betas_and_a_rate_for_each_gan():
@@ -751,7 +765,7 @@ def test_students_of_a_teacher_that_is_there(traced, tmp_path, monkeypatch, caps
     assert exit_code(*flags, "--teacher", str(out), "--teacher-width", "5") == 2
     assert exit_code(*flags, "--teacher", str(tmp_path / "none")) == 1
     err = capsys.readouterr().err
-    assert "GAN(16, 1, 4, 100), the settings ask for GAN(16, 1, 5, 100)" in err.splitlines()[0]
+    assert "GAN(16, 1, 4, 100); the settings ask for GAN(16, 1, 5, 100)" in err.splitlines()[0]
     assert "none is no whole" in err.splitlines()[-1]
 
 
@@ -1166,6 +1180,7 @@ def fake_result(out, normal, seed, *flags, dataset="digits", **auroc):
     folder.mkdir(parents=True)
     auroc = {"teacher": 90, "student_alone": 80, "step1": 85, "step2": 88} | auroc
     result = {"settings": vars(pk.parse([*FAST, *flags, *task])), "auroc": auroc, "ratio": 9.5}
+    result["auroc_whitened"] = {stage: value + 1 for stage, value in auroc.items()}
     result |= {"device": "cpu", "versions": {"torch": "2"}, "version": pk.VERSION}
     result |= {"bf16": pk.native_bf16("cpu"), "normal": str(normal), "split": "test"}
     (folder / "result.json").write_text(json.dumps(result))
@@ -1192,11 +1207,12 @@ def test_run_all_two_at_a_time_lists_what_failed_then_skips(tmp_path):
     table = rows(done.stdout)
     assert table["99"] == table["mean"] == [*NO_RESULT, "0 of 1"]
     for n, file in files.items():
-        auroc = json.loads(file.read_text())["auroc"]
-        gain = auroc["step2"] - auroc["student_alone"]
-        keys = ("teacher", "student_alone", "step1", "step2")
-        cells = [*(f"{auroc[key]:.2f}" for key in keys), f"{gain:+.2f}", "1 of 1"]
-        assert table[n] == cells
+        result, cells = json.loads(file.read_text()), []
+        both = result["auroc"], result["auroc_whitened"]
+        for key in ("teacher", "student_alone", "step1", "step2"):
+            cells.append(" / ".join(f"{auroc[key]:.2f}" for auroc in both))
+        cells.append(" / ".join(f"{a['step2'] - a['student_alone']:.2f}" for a in both))
+        assert table[n] == [*cells, "1 of 1"]
         log = (out / f"digits-{n}-seed0.log").read_text()
         assert log.splitlines()[-1].startswith("RESULT ")
     assert "[3/3] " in done.stdout and "0 min left" in done.stdout
@@ -1224,7 +1240,7 @@ def kill_and_start_again(victim, out):
         time.sleep(0.5)  # it waits for the run that it has not started
         os.killpg(killed.pid, signal.SIGCONT)
     table = rows(again.communicate(timeout=170)[0])
-    assert again.returncode == 0 and table["0"][0] == "90.00"
+    assert again.returncode == 0 and table["0"][0] == "90.00 / 91.00"
     assert finished.stat().st_mtime_ns == kept and table["1"][-1] == "1 of 1"
     text = log.read_text()
     assert text.count("RESULT") == text.count("teacher 1/9") == 1
@@ -1268,16 +1284,19 @@ def test_run_all_table_by_hand(tmp_path):
     done = run_all(out, JOBS="0", NORMALS="0 1 2", SEEDS="0 1")
     table = rows(done.stdout)
     assert done.returncode == 1 and done.stderr == "" and "9.50 : 1" in done.stdout
-    means = ["90.00 ± 0.00", "82.00 ± 2.83", "85.00 ± 0.00", "91.00 ± 1.41", "+9.00 ± 1.41"]
+    means = ["90.00 ± 0.00 / 91.00 ± 0.00", "82.00 ± 2.83 / 83.00 ± 2.83"]
+    means += ["85.00 ± 0.00 / 86.00 ± 0.00", "91.00 ± 1.41 / 92.00 ± 1.41"]
+    means += ["9.00 ± 1.41 / 9.00 ± 1.41"]
     assert table["0"] == [*means, "missing", "2 of 2"]
-    assert table["1"] == ["90.00", "70.00", "85.00", "60.00", "-10.00", "50.00", "1 of 2"]
+    row = [f"{value:.2f} / {value + 1:.2f}" for value in (90, 70, 85, 60)]
+    assert table["1"] == [*row, "-10.00 / -10.00", "50.00 / 51.00", "1 of 2"]
     assert table["2"] == [*NO_RESULT, "missing", "0 of 2"]
     assert table["mean"] == table["2"]  # never the mean of those that there are
     table = rows(run_all(out, JOBS="0", SEEDS="0 1").stdout)
-    means = ["90.00", "75.00", "85.00", "75.00", "+0.00"]
-    assert table["mean"] == [*means, "missing", "1 of 2"]
+    row = [f"{value:.2f} / {value + 1:.2f}" for value in (90, 75, 85, 75)]
+    assert table["mean"] == [*row, "0.00 / 0.00", "missing", "1 of 2"]
     table = rows(run_all(out, "--ablation", JOBS="0").stdout)  # a result without rival is none then
-    assert table["0"] == [*NO_RESULT, "missing", "0 of 1"] and table["1"][5] == "50.00"
+    assert table["0"] == [*NO_RESULT, "missing", "0 of 1"] and table["1"][5] == "50.00 / 51.00"
 
 
 @in_background
