@@ -80,7 +80,7 @@ SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for
     "epochs1": 8,  # of step 1
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
     "epoch_images": 1,  # fewer images are shown several times an epoch, to about this many
-    "lr_teacher": 1e-4,  # the teacher's learning rate at width 128, inverse to the width
+    "lr_teacher": 2.5e-4,  # the teacher's learning rate at width 128, inverse to the width
     "lr_student": 2e-3,  # the student's learning rate
     "lr_step2": 0.2,  # both learning rates in step 2, as a share of the above
     "w_adv": 1.0,  # weight of a GAN's adversarial loss
@@ -91,12 +91,11 @@ SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for
     "kd_adv": 0.1,  # weight of the adversarial distillation loss; at 1 it outweighs the others
     "flip": True,  # mirror training images left-right at random
 }
-DIGITS = {"epochs": 20, "epochs1": 40, "epochs2": 10, "lr_teacher": 2.5e-4, "lr_student": 5e-3}
+DIGITS = {"epochs": 20, "epochs1": 40, "epochs2": 10, "lr_student": 5e-3, "batch": 16}
 DIGITS |= {"normal": "8", "teacher_width": 32, "student_width": 4, "w_con": 10.0, "flip": False}
-DIGITS |= {"batch": 16}
 PER_DATASET = {  # widths reach the paper's ratios: CIFAR-10 24.45, MNIST 311.11, Fashion-MNIST 700
     "digits": DIGITS,
-    "mnist": {"student_width": 6, "lr_teacher": 2.5e-4, "w_con": 10.0, "flip": False},
+    "mnist": {"student_width": 6, "w_con": 10.0, "flip": False},
     "fmnist": {"student_width": 3},
     "cifar10": {"student_width": 16},
     "folder": {"holdout": 0.1, "epoch_images": 4000},
