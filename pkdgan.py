@@ -20,7 +20,8 @@ one normal class only:
     x --encoder--> z --decoder--> x_hat --second encoder--> z_hat      and a discriminator D
 
 They learn to reconstruct normal images and their codes. An anomaly's two codes disagree:
-||z - z_hat||_2 is the anomaly score [paper]. Four stages, each evaluated after its last epoch:
+||z - z_hat||_2 is the anomaly score [paper], here whitened by what it is on normal images [ours].
+Four stages, each evaluated after its last epoch by both scores:
 
     teacher         train_gan: the wide GAN by itself
     student alone   train_gan: the narrow GAN by itself, the baseline
@@ -67,7 +68,7 @@ SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for
     "val": False,  # evaluate on held-out training images instead of the test split
     "teacher": "",  # a teacher.pt to distil from, or the --out where one was left: train none
     "curve": False,  # evaluate after every epoch, too
-    "whiten": True,  # score whitened codes; --no-whiten: the paper's plain ||z - z_hat||
+    "whiten": True,  # --score by the whitened z - z_hat; --no-whiten: the paper's plain norm
     "holdout": 0.0,  # share of the normal training images to hold out for p-values
     "alpha": 0.05,  # share of false alarms that --score accepts
     "ablation": False,  # also train both jointly from random weights, the single-step rival
@@ -736,8 +737,8 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
         # The export comes last: where this torch fails at it, nothing else is lost.
         (folder / "student.pt2").unlink(missing_ok=True)
         batch = {0: torch.export.Dim("batch", max=2**20)}
-        student.requires_grad_(False)
-        exported = torch.export.export(student, (x_test[:2],), dynamic_shapes=(batch,))
+        student.requires_grad_(False).d = None  # scoring takes the generator
+        exported = torch.export.export(student, (x_test[:2].clone(),), dynamic_shapes=(batch,))
         torch.export.save(exported, part / "student.pt2")
         (part / "student.pt2").replace(folder / "student.pt2")
     print(f"\nin {folder}: result.json, samples.png, teacher.pt, student.pt, student.pt2")
