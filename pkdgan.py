@@ -96,7 +96,7 @@ DIGITS = {"epochs": 20, "epochs1": 40, "epochs2": 10, "lr_student": 5e-3, "batch
 DIGITS |= {"normal": "8", "teacher_width": 32, "student_width": 4, "w_con": 10.0, "flip": False}
 PER_DATASET = {  # widths reach the paper's ratios: CIFAR-10 24.45, MNIST 311.11, Fashion-MNIST 700
     "digits": DIGITS,
-    "mnist": {"student_width": 6, "w_con": 10.0, "flip": False},
+    "mnist": {"student_width": 6, "lr_student": 5e-3, "w_con": 10.0, "flip": False},
     "fmnist": {"student_width": 3},
     "cifar10": {"student_width": 16},
     "folder": {"holdout": 0.1, "epoch_images": 4000},
