@@ -66,21 +66,21 @@ SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for
     "seed": 0,  # random seed of weights and batch order; the split is fixed
     "device": "auto",  # cpu, cuda, cuda:1, mps, or auto for the fastest there is
     "val": False,  # evaluate on held-out training images instead of the test split
-    "teacher": "",  # a teacher.pt to distil from, or the --out where one was left: train none
-    "curve": False,  # evaluate after every epoch, too
-    "whiten": True,  # --score by the whitened z - z_hat; --no-whiten: the paper's plain norm
+    "teacher": "",  # its teacher.pt, of equal --holdout, or the --out it is in: train none
+    "curve": False,  # evaluate after every epoch, too (counted in the images per second)
+    "whiten": True,  # what is saved scores by the whitened z - z_hat; --no-whiten: plain [paper]
     "holdout": 0.0,  # share of the normal training images to hold out for p-values
     "alpha": 0.05,  # share of false alarms that --score accepts
     "ablation": False,  # also train both jointly from random weights, the single-step rival
     "size": 32,  # images become size x size; a power of two from 16
     "teacher_width": 128,  # channels of the teacher's first block
-    "student_width": 0,  # of the student's; 0: a tenth of the teacher's, 50 to 90 times cheaper
+    "student_width": 0,  # of the student's; 0: a tenth of the teacher's, 50 times cheaper or more
     "z_dim": 100,  # numbers in a code z or z_hat, teacher and student alike
     "batch": 64,  # images per update
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
     "epochs1": 8,  # of step 1
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
-    "epoch_images": 1,  # fewer images are shown several times an epoch, to about this many
+    "epoch_images": 1,  # a smaller set is repeated until an epoch has about this many images
     "lr_teacher": 2.5e-4,  # the teacher's learning rate at width 128, inverse to the width
     "lr_student": 2e-3,  # the student's learning rate
     "lr_step2": 0.2,  # both learning rates in step 2, as a share of the above
@@ -94,7 +94,7 @@ SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for
 }
 DIGITS = {"epochs": 20, "epochs1": 40, "epochs2": 10, "lr_student": 5e-3, "batch": 16}
 DIGITS |= {"normal": "8", "teacher_width": 32, "student_width": 4, "w_con": 10.0, "flip": False}
-PER_DATASET = {  # widths reach the paper's ratios: CIFAR-10 24.45, MNIST 311.11, Fashion-MNIST 700
+PER_DATASET = {  # ratios at least the paper's: CIFAR-10 24.45, MNIST 311.11, Fashion-MNIST 700
     "digits": DIGITS,
     "mnist": {"student_width": 6, "lr_student": 5e-3, "w_con": 10.0, "flip": False},
     "fmnist": {"student_width": 3},
@@ -116,7 +116,7 @@ def parse(argv=None):
         parser.add_argument("--" + name.replace("_", "-"), default=default, **how)
     parser.set_defaults(**PER_DATASET[parser.parse_args(argv).dataset])
     args = parser.parse_args(argv)
-    args.student_width = args.student_width or args.teacher_width // 10
+    args.student_width = args.student_width or max(1, args.teacher_width // 10)
     if args.device == "auto":
         fastest = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
         args.device = str(fastest or "cpu")
@@ -250,7 +250,8 @@ def discriminator_loss(logit_real, logit_fake):
 
 
 def adversarial_loss(f_x, f_x_hat):
-    """L_adv = E[(f(x) - f(x_hat))^2], f are D's features: feature matching (Salimans et al. 2016).
+    """L_adv = E[(f(x) - f(x_hat))^2], f are D's features: feature matching (Salimans et al. 2016),
+    here image by image, as in GANomaly.
     By hand: adversarial_loss([1., 2.], [1., 0.]) = (0 + 4) / 2 = 2"""
     return F.mse_loss(f_x_hat, f_x.detach())
 
@@ -311,10 +312,11 @@ def train_gan(gan, x, args, *, epochs, lr, stage, watch):
 def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0, first_epoch=0):
     """Train a student from a teacher on images x (N, C, size, size). Step 1: the teacher is frozen,
     the student learns from distillation losses alone. Step 2, joint: the student has its own GAN's
-    losses besides; the teacher trains on by its own, as in train_gan. rate: share of the learning
-    rates in args. Batches go on as after first_epoch epochs. Calls and raises as train_gan."""
+    losses besides; the teacher trains on by its own, as in train_gan. Adam starts anew. rate: share
+    of the learning rates in args. first_epoch: epochs before these, which the order of the images
+    goes on from. Calls and raises as train_gan."""
     student.train()
-    teacher.train(joint).requires_grad_(joint)  # frozen: no gradient; no buffer moves in training
+    teacher.train(joint).requires_grad_(joint)  # frozen: no gradient reaches it
     rates = {student: rate * args.lr_student}
     if joint:
         rates[teacher] = rate * teacher_lr(args)
@@ -326,7 +328,7 @@ def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0,
             for gan, out in (student, out_s), (teacher, out_t):
                 own_d, own_g = gan_losses(gan, x_real, out, args)
                 loss_d, loss_g = loss_d + own_d, loss_g + own_g
-        log.append(update(loss_d, loss_g, rates, opt))
+        log.append(update(loss_d, loss_g, list(rates), opt))
 
 
 def gan_losses(gan, x, out, args):
@@ -486,8 +488,8 @@ def auroc(gan, x, x_test, y_test):
 
 
 def pca_auroc(x, x_test, y_test):
-    """AUROC in percent of PCA's reconstruction error, components for 90 % of the variance, on images
-    brought to 32 x 32: what a GAN should beat."""
+    """AUROC in percent of PCA's reconstruction error on images brought to 32 x 32, with components
+    for 90 % of the variance: what a GAN should beat."""
     x, x_test = (F.adaptive_avg_pool2d(t, 32).flatten(1).cpu().numpy() for t in (x, x_test))
     pca = decomposition.PCA(0.9).fit(x)
     errors = x_test - pca.inverse_transform(pca.transform(x_test))
@@ -593,9 +595,14 @@ def run(args):
     print(f"{folder.name}: {len(x)} images, held out {len(x_held)}, on {args.device}", flush=True)
 
     def fresh(width):
-        """A GAN whose initial weights depend on its width and the seed alone."""
+        """A GAN whose initial weights depend on its form and the seed alone."""
         torch.manual_seed(args.seed)
         return GAN(args.size, x.shape[1], width, args.z_dim).to(args.device)
+
+    plain, whitened, curve, speed = {}, {}, {}, {}
+    teacher, student = fresh(args.teacher_width), fresh(args.student_width)
+    alone = fresh(args.student_width)
+    nets = {"teacher": teacher, "student_alone": alone, "step1": student, "step2": student}
 
     def evaluate(stage, gan):
         plain[stage], whitened[stage] = auroc(gan, x, x_test, y_test)
@@ -606,10 +613,6 @@ def run(args):
             curve.setdefault(stage, []).append(auroc(nets[stage], x, x_test, y_test))
             nets[stage].train()
 
-    plain, whitened, curve, speed = {}, {}, {}, {}
-    teacher, student = fresh(args.teacher_width), fresh(args.student_width)
-    alone = fresh(args.student_width)
-    nets = {"teacher": teacher, "student_alone": alone, "step1": student, "step2": student}
     both = args.epochs1 + args.epochs2
     common = {"x": x, "args": args, "watch": watch}
 
@@ -659,7 +662,8 @@ def load_teacher(teacher, path, task):
     trained, _ = load_gan(path)
     if trained.form != teacher.form:
         raise ValueError(f"{path} is a GAN{trained.form}; the settings ask for GAN{teacher.form}")
-    teacher.load_state_dict(trained.state_dict())
+    teacher.g.load_state_dict(trained.g.state_dict())  # the whitening is left behind
+    teacher.d.load_state_dict(trained.d.state_dict())
 
 
 def compare(teacher, student, x, x_test, y_test):
@@ -707,6 +711,17 @@ def print_tables(result):
         print(f"{key:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
 
 
+def samples(x, y, teacher, student):
+    """Of test images x (N, C, size, size): 8 anomalies, evenly from the lowest to the highest score
+    by the student, and 8 normal ones likewise (16, C, size, size); then what the teacher makes of
+    them; then the student."""
+    order = score(student, x).argsort()
+    kinds = order[y[order] == 1], order[y[order] == 0]
+    picks = [kind[torch.linspace(0, len(kind) - 1, 8).long()] for kind in kinds]
+    some = x[torch.cat(picks)]
+    return torch.cat([some, teacher.g(some).x_hat, student.g(some).x_hat])
+
+
 def save(folder, result, teacher, student, x, x_held, x_test, y_test):
     """Write the nets, with the whitening of training images x, samples.png, result.json and the
     exported student."""
@@ -722,15 +737,9 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
             buffer = io.BytesIO()  # on a full disk torch raises no OSError, write_bytes does
             torch.save(content, buffer)
             (part / name).write_bytes(buffer.getvalue())
-        # Pictures: 8 anomalies, evenly from the lowest to the highest score by the student, and 8
-        # normal images likewise; below them what the teacher makes of them, then the student.
-        order = score(student, x_test).argsort()
-        kinds = order[y_test[order] == 1], order[y_test[order] == 0]
-        picks = [kind[torch.linspace(0, len(kind) - 1, 8).long()] for kind in kinds]
-        some = x_test[torch.cat(picks)]
-        rows = torch.cat([some, teacher.g(some).x_hat, student.g(some).x_hat])
         look = {"nrow": 16, "normalize": True, "value_range": (-1, 1)}
-        torchvision.utils.save_image(rows, part / "samples.png", **look)
+        pictures = samples(x_test, y_test, teacher, student)
+        torchvision.utils.save_image(pictures, part / "samples.png", **look)
         (part / "result.json").write_text(json.dumps(result, indent=1))
         for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
             file.replace(folder / file.name)
