@@ -182,6 +182,15 @@ def test_default_widths_reach_the_papers_ratios(dataset, ratio, monkeypatch):
     assert teacher["flops"] / student["flops"] >= ratio and teacher["params"] > student["params"]
 
 
+@pytest.mark.parametrize("teacher", [32, 64, 128])
+def test_a_folders_student_is_at_least_fifty_times_cheaper(teacher, monkeypatch):
+    monkeypatch.setattr(pk.timeit, "repeat", lambda *_, **__: [1.0] * 11)
+    s = pk.parse(["--dataset", "folder", "--teacher-width", str(teacher)])
+    x, widths = torch.zeros(1, 3, 32, 32), (s.teacher_width, s.student_width)
+    flops = [pk.measure(pk.GAN(32, 3, width, s.z_dim), x)["flops"] for width in widths]
+    assert flops[0] / flops[1] >= 50
+
+
 def test_flops_by_hand():
     # one 4x4 convolution, 16x16 -> 8x8, 1 -> 1 channels: 2 * 16 * 64 operations; others likewise
     size, z = 16, 10
@@ -767,6 +776,15 @@ def test_students_of_a_teacher_that_is_there(traced, tmp_path, monkeypatch, caps
     err = capsys.readouterr().err
     assert "GAN(16, 1, 4, 100); the settings ask for GAN(16, 1, 5, 100)" in err.splitlines()[0]
     assert "none is no whole" in err.splitlines()[-1]
+
+
+def test_a_teachers_whitening_is_left_behind(traced):
+    file = traced[2] / "digits-3-seed0" / "teacher.pt"
+    saved, teacher = pk.load_gan(file)[0], pk.GAN(16, 1, 4, 100)
+    pk.load_teacher(teacher, file, "")
+    assert same(weights(teacher.g), weights(saved.g)) and same(weights(teacher.d), weights(saved.d))
+    assert saved.mean.any() and not teacher.mean.any()
+    assert torch.equal(teacher.white, torch.eye(100))
 
 
 def test_no_whiten_leaves_the_papers_plain_score(tmp_path):
