@@ -39,9 +39,9 @@ for file in out.glob("*-seed*/result.json"):
 for d, s, n in map(str.split, os.environ["RUNS"].splitlines()):
     want = vars(pkdgan.parse([*flags, "--dataset", d, "--seed", s, "--normal", n]))
     asked += [(Path(want["data"]).resolve().name if d == "folder" else d, s, n)]
-    for r in have:  # a rival that nobody asked for does no harm; a table may be made elsewhere
+    for r in have:  # an unasked rival or curve does no harm; a table may be made elsewhere
         free = {key: r["settings"][key] for key in ("out", "device", "alpha", "normal", "score")}
-        free["ablation"] = want["ablation"] or r["settings"]["ablation"]
+        free |= {key: want[key] or r["settings"][key] for key in ("ablation", "curve")}
         if want | free == r["settings"] and n in (r["normal"], free["normal"]):
             if mode == "table" or r["bf16"] == pkdgan.native_bf16(torch.device(want["device"]).type):
                 got[asked[-1]] = r

@@ -1299,7 +1299,7 @@ def test_run_all_table_by_hand(tmp_path):
     out = tmp_path / "runs"
     for seed, alone, step2 in ((0, 80, 90), (1, 84, 92)):
         fake_result(out, 0, seed, student_alone=alone, step2=step2)
-    fake_result(out, 1, 0, "--ablation", student_alone=70, step2=60, joint_only=50)
+    fake_result(out, 1, 0, "--ablation", "--curve", student_alone=70, step2=60, joint_only=50)
     fake_result(out, 2, 0, "--kd-adv", "0.5")  # another experiment
     done = run_all(out, JOBS="0", NORMALS="0 1 2", SEEDS="0 1")
     table = rows(done.stdout)
