@@ -1392,7 +1392,7 @@ def test_readme_names_what_there_is():
     named = set(re.findall(r"`([a-z_]+)\(", readme))
     assert {name for name in named if not hasattr(pk, name)} == set()
     losses = {name for name in vars(pk) if name.endswith("_loss")}
-    assert losses <= named and len(losses) == 8
+    assert losses <= named and len(losses) == 7
     known = {"--" + name.replace("_", "-") for name in vars(SETTINGS)} | {"--array", "--help"}
     shell = {"--no-flip", "--upgrade"}
     assert set(re.findall(r"(?<=[ `])--[a-z][a-z0-9-]+", readme)) <= known | shell
