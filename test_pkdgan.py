@@ -1394,7 +1394,7 @@ def test_readme_names_what_there_is():
     losses = {name for name in vars(pk) if name.endswith("_loss")}
     assert losses <= named and len(losses) == 7
     known = {"--" + name.replace("_", "-") for name in vars(SETTINGS)} | {"--array", "--help"}
-    shell = {"--no-flip", "--upgrade"}
+    shell = {"--no-flip", "--no-whiten", "--upgrade"}
     assert set(re.findall(r"(?<=[ `])--[a-z][a-z0-9-]+", readme)) <= known | shell
 
 
