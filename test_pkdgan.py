@@ -1,4 +1,4 @@
-"""Tests of pkdgan.py and run_all.sh: offline, two to three minutes on two cores. `pytest` runs them."""
+"""Tests of pkdgan.py and run_all.sh: offline, two to three minutes on two cores, by `pytest`."""
 
 import argparse
 import hashlib
