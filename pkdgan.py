@@ -101,7 +101,6 @@ PER_DATASET = {  # ratios at least the paper's: CIFAR-10 24.45, MNIST 311.11, Fa
     "cifar10": {"student_width": 16},
     "folder": {"holdout": 0.1, "epoch_images": 4000},
 }
-CHOICES = {"dataset": list(PER_DATASET), "size": [16, 32, 64, 128, 256, 512]}
 
 
 def parse(argv=None):
@@ -109,8 +108,9 @@ def parse(argv=None):
     about = "What they mean and their defaults: SETTINGS, at the top of pkdgan.py."
     parser = argparse.ArgumentParser("pkdgan.py", argparse.SUPPRESS, about, allow_abbrev=False)
     parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
+    choices = {"dataset": PER_DATASET, "size": (16, 32, 64, 128, 256, 512)}
     for name, default in SETTINGS.items():
-        how = {"type": type(default), "choices": CHOICES.get(name)}
+        how = {"type": type(default), "choices": choices.get(name)}
         if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + name.replace("_", "-"), default=default, **how)
@@ -299,11 +299,10 @@ def adversarial_distillation_loss(f_t, f_s):
 # ----------------------------------------------------------------------------------------- training
 def train_gan(gan, x, args, *, epochs, lr, stage, watch):
     """Train a GAN by itself on images x (N, C, size, size): the teacher, or the student alone.
-    After each epoch calls watch(stage, images per second). Raises FloatingPointError if a loss is
-    not finite."""
+    After each epoch calls watch(stage, gan, images per second). Raises FloatingPointError if a
+    loss is not finite."""
     gan.train()
-    opt = adam({gan: lr})
-    for x_real, log in batches(x, args, epochs, stage, watch, opt):  # steps the rate, prints
+    for x_real, opt, log in batches({gan: lr}, x, args, epochs, stage, watch):
         out = amp(gan.g, x_real)
         loss_d, loss_g = gan_losses(gan, x_real, out, args)
         log.append(update(loss_d, loss_g, [gan], opt))
@@ -319,9 +318,8 @@ def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0,
     teacher.train(joint).requires_grad_(joint)  # frozen: no gradient reaches it
     rates = {student: rate * args.lr_student}
     if joint:
-        rates[teacher] = rate * teacher_lr(args)
-    opt = adam(rates)
-    for x_real, log in batches(x, args, epochs, stage, watch, opt, first_epoch):
+        rates[teacher] = rate * teacher_lr(teacher, args)
+    for x_real, opt, log in batches(rates, x, args, epochs, stage, watch, first_epoch):
         out_t, out_s = amp(teacher.g, x_real), amp(student.g, x_real)
         loss_d, loss_g = distillation_losses(student, out_t, out_s, args)
         if joint:
@@ -371,14 +369,17 @@ def judge(d, x):
     return logit, hidden[-1].float()
 
 
-def batches(x, args, epochs, stage, watch, opt, first_epoch=0):
-    """Yield (x_real (B, C, size, size), log) for each update of a stage; the caller appends the
-    tensor [L_D, L_G] to the log, and a line is printed after each epoch. Order and mirroring come
-    from the seed and the epoch's number alone. The learning rate warms up, then falls as a cosine
-    to zero, so that the last epoch is a settled one [ours]."""
+def batches(rates, x, args, epochs, stage, watch, first_epoch=0):
+    """Yield (x_real (B, C, size, size), optimizer, log) for each update of a stage; the caller
+    appends the tensor [L_D, L_G] to the log, of which each epoch prints the mean. rates: {GAN:
+    learning rate}, the GAN to watch first. Order and mirroring come from the seed and the epoch's
+    number alone. The rate warms up, then falls as a cosine to zero, so that the last epoch is a
+    settled one [ours]."""
     n = len(x) * max(1, args.epoch_images // len(x))  # a small set is shown several times an epoch
     updates = epochs * math.ceil(n / args.batch)
     warmup = min(100, math.ceil(updates / 10))
+    groups = [{"params": gan.parameters(), "lr": lr} for gan, lr in rates.items()]
+    opt = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)  # betas: DCGAN's
     schedule = torch.optim.lr_scheduler.LambdaLR(
         opt, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * i / updates)) / 2
     )
@@ -390,7 +391,7 @@ def batches(x, args, epochs, stage, watch, opt, first_epoch=0):
         log = []
         for index in order.split(args.batch):
             x_real = x[index % len(x)]
-            yield torch.where(mirrored[index], x_real.flip(-1), x_real), log
+            yield torch.where(mirrored[index], x_real.flip(-1), x_real), opt, log
             schedule.step()
         loss_d, loss_g = torch.stack(log).mean(0).tolist()  # only now: reading waits for the device
         losses = f"{stage} {epoch}/{epochs}: loss_D {loss_d:.3f} loss_G {loss_g:.3f}"
@@ -399,18 +400,12 @@ def batches(x, args, epochs, stage, watch, opt, first_epoch=0):
         seconds = (time.perf_counter() - start) / epoch
         left = f"{seconds * (epochs - epoch):.0f} s left"
         print(f"{losses} | {n / seconds:.0f} images/s, {left}", flush=True)
-        watch(stage, n / seconds)
+        watch(stage, next(iter(rates)), n / seconds)
 
 
-def teacher_lr(args):
+def teacher_lr(teacher, args):
     """Adam's good learning rates fall with the width (Yang et al. 2021, arXiv 2203.03466)."""
-    return args.lr_teacher * 128 / args.teacher_width
-
-
-def adam(rates):
-    """Adam for {GAN: learning rate}, with DCGAN's betas."""
-    groups = [{"params": gan.parameters(), "lr": lr} for gan, lr in rates.items()]
-    return torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
+    return args.lr_teacher * 128 / teacher.form[2]
 
 
 def update(loss_d, loss_g, gans, opt):
@@ -424,7 +419,6 @@ def update(loss_d, loss_g, gans, opt):
     return torch.stack([loss_d, loss_g]).detach()
 
 
-@functools.lru_cache
 def native_bf16(device_type):
     """Whether "cpu" or "cuda" has bfloat16 in hardware; MPS is not asked."""
     if device_type == "cuda":
@@ -496,20 +490,18 @@ def pca_auroc(x, x_test, y_test):
     return 100 * float(metrics.roc_auc_score(y_test, (errors**2).sum(1)))
 
 
-def measure(gan, x):
+def cost(gan, x):
     """What a GAN costs: params and flops (of one image) of generator and discriminator. The
     generator is all that scoring takes: MB of weights, and microseconds per image on the device of
-    x (N, C, size, size), for an image by itself (us_1) and in a batch of 256 (us_256). And l1, the
-    mean |x - x_hat|."""
+    x (N, C, size, size), for an image by itself (us_1) and in a batch of 256 (us_256)."""
     with FlopCounterMode(display=False) as counter:
         gan.d(gan.g(x[:1]).x_hat)
     params, params_g = (sum(p.numel() for p in net.parameters()) for net in (gan, gan.g))
     found = {"params": params, "flops": counter.get_total_flops(), "MB": 4e-6 * params_g}
     for n in (1, 256):
-        names = {"score": score, "gan": gan, "x": x[torch.arange(n) % len(x)]}
-        seconds = timeit.repeat("score(gan, x).cpu()", globals=names, number=1, repeat=11)
+        some = x[torch.arange(n) % len(x)]
+        seconds = timeit.repeat(lambda x=some: score(gan, x).cpu(), number=1, repeat=11)
         found[f"us_{n}"] = 1e6 / n * sorted(seconds)[5]  # the median
-    found["l1"] = contextual_loss(x, in_parts(lambda part: gan.g(part).x_hat, x)).item()
     return found
 
 
@@ -528,9 +520,11 @@ def read_image(path, size):
 
 def load_folder(root, size):
     """load_images() of train/<class>/* and test/<class>/* under root, the layout of MVTec AD."""
-    read = functools.partial(read_image, size=size)
-    folder = torchvision.datasets.ImageFolder
-    train, test = (folder(root / split, loader=read) for split in ("train", "test"))
+    folders = (root / "train", root / "test")
+    train, test = (
+        torchvision.datasets.ImageFolder(folder, loader=lambda path: read_image(path, size))
+        for folder in folders
+    )
     x, x_test = (torch.stack([image for image, _ in split]) for split in (train, test))
     c_test = [train.class_to_idx.get(test.classes[k], -1) for k in test.targets]  # -1: not in train
     if all((images == images[:, :1]).all() for images in (x, x_test)):
@@ -602,24 +596,29 @@ def run(args):
     plain, whitened, curve, speed = {}, {}, {}, {}
     teacher, student = fresh(args.teacher_width), fresh(args.student_width)
     alone = fresh(args.student_width)
-    nets = {"teacher": teacher, "student_alone": alone, "step1": student, "step2": student}
 
     def evaluate(stage, gan):
+        """Note a GAN's AUROCs in percent after a stage, as auroc() gives and raises them."""
         plain[stage], whitened[stage] = auroc(gan, x, x_test, y_test)
 
-    def watch(stage, images_per_second):
+    def watch(stage, gan, images_per_second):
+        """Note an epoch's speed and, with --curve, the AUROCs in percent, as auroc()."""
         speed[stage] = images_per_second
         if args.curve:
-            curve.setdefault(stage, []).append(auroc(nets[stage], x, x_test, y_test))
-            nets[stage].train()
+            curve.setdefault(stage, []).append(auroc(gan, x, x_test, y_test))
+            gan.train()
 
     both = args.epochs1 + args.epochs2
     common = {"x": x, "args": args, "watch": watch}
 
     if args.teacher:
-        load_teacher(teacher, args.teacher, folder.name)
+        path = Path(args.teacher)
+        teacher, _ = load_gan(path / folder.name / "teacher.pt" if path.is_dir() else path)
+        teacher.to(args.device)
     else:
-        train_gan(teacher, epochs=args.epochs, lr=teacher_lr(args), stage="teacher", **common)
+        train_gan(
+            teacher, epochs=args.epochs, lr=teacher_lr(teacher, args), stage="teacher", **common
+        )
     evaluate("teacher", teacher)
     train_gan(alone, epochs=both, lr=args.lr_student, stage="student_alone", **common)
     evaluate("student_alone", alone)
@@ -632,9 +631,9 @@ def run(args):
     evaluate("teacher_step2", partner)
 
     if args.ablation:
-        rival, nets["joint_only"] = fresh(args.teacher_width), fresh(args.student_width)
-        distill(rival, nets["joint_only"], epochs=both, joint=True, stage="joint_only", **common)
-        evaluate("joint_only", nets["joint_only"])
+        rival_t, rival_s = fresh(args.teacher_width), fresh(args.student_width)
+        distill(rival_t, rival_s, epochs=both, joint=True, stage="joint_only", **common)
+        evaluate("joint_only", rival_s)
 
     result = {"normal": name, "auroc": plain, "auroc_whitened": whitened, "curve": curve}
     result |= {"images_per_second": speed, "seconds": time.perf_counter() - began}
@@ -655,24 +654,16 @@ def make_folder(args, name):
     return folder
 
 
-def load_teacher(teacher, path, task):
-    """Fill a teacher with the weights of a teacher.pt, or of the one of this task in a folder of
-    runs. Raises OSError for what is none, ValueError for one of another form."""
-    path = Path(path, task, "teacher.pt") if Path(path).is_dir() else path
-    trained, _ = load_gan(path)
-    if trained.form != teacher.form:
-        raise ValueError(f"{path} is a GAN{trained.form}; the settings ask for GAN{teacher.form}")
-    teacher.g.load_state_dict(trained.g.state_dict())  # the whitening is left behind
-    teacher.d.load_state_dict(trained.d.state_dict())
-
-
 def compare(teacher, student, x, x_test, y_test):
-    """What a result says beside the stages: measure() of teacher and student on the normal test
+    """What a result says beside the stages: cost() of teacher and student on the normal test
     images, and of simpler means: the L1 distance of these to the training images' median, PCA."""
     normal = x_test[y_test == 0]
-    of_t, of_s = measure(teacher, normal), measure(student, normal)
+    of_t, of_s = cost(teacher, normal), cost(student, normal)
     found = {key: {"teacher": of_t[key], "student": of_s[key]} for key in of_t}
-    found["l1"]["median_image"] = (normal - x.median(0).values).abs().mean().item()
+    nets = {"teacher": teacher, "student": student}
+    x_hats = {name: in_parts(lambda part: gan.g(part).x_hat, normal) for name, gan in nets.items()}
+    x_hats["median_image"] = x.median(0).values
+    found["l1"] = {name: (normal - x_hat).abs().mean().item() for name, x_hat in x_hats.items()}
     found["images"] = {"train": len(x), "test": len(x_test), "normal": len(normal)}
     found["baselines"] = {"pca": pca_auroc(x, x_test, y_test)}
     return found | {"ratio": of_t["flops"] / of_s["flops"]}
@@ -706,20 +697,18 @@ def print_tables(result):
         print(f"{row}{whitened[stage]:12.2f}{gains[1]:+8.2f}")
     print(f"{'PCA':18}{result['baselines']['pca']:7.2f}")
     print("\ncost                   teacher     student   ratio")
-    for key in ("params", "flops", "us_1", "us_256"):  # as measure() explains them
+    for key in ("params", "flops", "us_1", "us_256"):  # as cost() explains them
         teacher, student = result[key].values()
         print(f"{key:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
 
 
 def samples(x, y, teacher, student):
-    """Of test images x (N, C, size, size): 8 anomalies, evenly from the lowest to the highest score
-    by the student, and 8 normal ones likewise (16, C, size, size); then what the teacher makes of
-    them; then the student."""
+    """The hard ones of test images x (N, C, size, size), y = 1 for an anomaly: the 8 anomalies that
+    the student scores lowest, and the 8 normal ones that it scores highest (16, C, size, size);
+    then what the teacher makes of them; then the student."""
     order = score(student, x).argsort()
-    kinds = order[y[order] == 1], order[y[order] == 0]
-    picks = [kind[torch.linspace(0, len(kind) - 1, 8).long()] for kind in kinds]
-    some = x[torch.cat(picks)]
-    return torch.cat([some, teacher.g(some).x_hat, student.g(some).x_hat])
+    hard = x[torch.cat([order[y[order] == 1][:8], order[y[order] == 0][-8:]])]
+    return torch.cat([hard, teacher.g(hard).x_hat, student.g(hard).x_hat])
 
 
 def save(folder, result, teacher, student, x, x_held, x_test, y_test):
@@ -744,7 +733,6 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
         for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
             file.replace(folder / file.name)
         # The export comes last: where this torch fails at it, nothing else is lost.
-        (folder / "student.pt2").unlink(missing_ok=True)
         batch = {0: torch.export.Dim("batch", max=2**20)}
         student.requires_grad_(False).d = None  # scoring takes the generator
         exported = torch.export.export(student, (x_test[:2].clone(),), dynamic_shapes=(batch,))
