@@ -31,11 +31,10 @@ Four stages, each evaluated after its last epoch by both scores:
 
 import argparse
 import copy
-import functools
-import io
 import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -64,7 +63,7 @@ SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for
     "data": "data",  # where data sets are or go to; for folder, what has train/ and test/
     "out": "runs",  # where each run makes a folder for its results
     "seed": 0,  # random seed of weights and batch order; the split is fixed
-    "device": "auto",  # cpu, cuda, cuda:1, mps, or auto for the fastest there is
+    "device": "cuda" if torch.cuda.is_available() else "cpu",  # or cuda:1, mps
     "val": False,  # evaluate on held-out training images instead of the test split
     "teacher": "",  # its teacher.pt, of equal --holdout, or the --out it is in: train none
     "curve": False,  # evaluate after every epoch, too (counted in the images per second)
@@ -81,7 +80,7 @@ SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for
     "epochs1": 8,  # of step 1
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
     "epoch_images": 1,  # a smaller set is repeated until an epoch has about this many images
-    "lr_teacher": 2.5e-4,  # the teacher's learning rate at width 128, inverse to the width
+    "lr_teacher": 2.5e-4,  # the teacher's learning rate at width 128; parse() fits it to others
     "lr_student": 2e-3,  # the student's learning rate
     "lr_step2": 0.2,  # both learning rates in step 2, as a share of the above
     "w_adv": 1.0,  # weight of a GAN's adversarial loss
@@ -117,9 +116,7 @@ def parse(argv=None):
     parser.set_defaults(**PER_DATASET[parser.parse_args(argv).dataset])
     args = parser.parse_args(argv)
     args.student_width = args.student_width or max(1, args.teacher_width // 10)
-    if args.device == "auto":
-        fastest = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
-        args.device = str(fastest or "cpu")
+    args.lr_teacher *= 128 / args.teacher_width
     return args
 
 
@@ -308,18 +305,17 @@ def train_gan(gan, x, args, *, epochs, lr, stage, watch):
         log.append(update(loss_d, loss_g, [gan], opt))
 
 
-def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0, first_epoch=0):
+def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0):
     """Train a student from a teacher on images x (N, C, size, size). Step 1: the teacher is frozen,
     the student learns from distillation losses alone. Step 2, joint: the student has its own GAN's
     losses besides; the teacher trains on by its own, as in train_gan. Adam starts anew. rate: share
-    of the learning rates in args. first_epoch: epochs before these, which the order of the images
-    goes on from. Calls and raises as train_gan."""
+    of the learning rates in args. Calls and raises as train_gan."""
     student.train()
     teacher.train(joint).requires_grad_(joint)  # frozen: no gradient reaches it
     rates = {student: rate * args.lr_student}
     if joint:
-        rates[teacher] = rate * teacher_lr(teacher, args)
-    for x_real, opt, log in batches(rates, x, args, epochs, stage, watch, first_epoch):
+        rates[teacher] = rate * args.lr_teacher
+    for x_real, opt, log in batches(rates, x, args, epochs, stage, watch):
         out_t, out_s = amp(teacher.g, x_real), amp(student.g, x_real)
         loss_d, loss_g = distillation_losses(student, out_t, out_s, args)
         if joint:
@@ -369,23 +365,21 @@ def judge(d, x):
     return logit, hidden[-1].float()
 
 
-def batches(rates, x, args, epochs, stage, watch, first_epoch=0):
+def batches(rates, x, args, epochs, stage, watch):
     """Yield (x_real (B, C, size, size), optimizer, log) for each update of a stage; the caller
     appends the tensor [L_D, L_G] to the log, of which each epoch prints the mean. rates: {GAN:
-    learning rate}, the GAN to watch first. Order and mirroring come from the seed and the epoch's
-    number alone. The rate warms up, then falls as a cosine to zero, so that the last epoch is a
-    settled one [ours]."""
+    highest learning rate}, the GAN to watch first. The rates rise, then fall as a cosine to zero
+    (Smith and Topin 2018), so that the last epoch is a settled one [ours]. The order of the images
+    comes from the seed and the epoch's number alone."""
     n = len(x) * max(1, args.epoch_images // len(x))  # a small set is shown several times an epoch
     updates = epochs * math.ceil(n / args.batch)
-    warmup = min(100, math.ceil(updates / 10))
-    groups = [{"params": gan.parameters(), "lr": lr} for gan, lr in rates.items()]
+    groups = [{"params": gan.parameters()} for gan in rates]
     opt = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)  # betas: DCGAN's
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * i / updates)) / 2
-    )
+    rise = {"pct_start": 0.15, "cycle_momentum": False}
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, list(rates.values()), updates, **rise)
     start = time.perf_counter()
     for epoch in range(1, epochs + 1):
-        rng = torch.Generator().manual_seed(10_000 * args.seed + first_epoch + epoch)
+        rng = torch.Generator().manual_seed(10_000 * args.seed + epoch)
         order = torch.randperm(n, generator=rng).to(x.device)
         mirrored = (torch.rand(n, 1, 1, 1, generator=rng) < 0.5 * args.flip).to(x.device)
         log = []
@@ -401,11 +395,6 @@ def batches(rates, x, args, epochs, stage, watch, first_epoch=0):
         left = f"{seconds * (epochs - epoch):.0f} s left"
         print(f"{losses} | {n / seconds:.0f} images/s, {left}", flush=True)
         watch(stage, next(iter(rates)), n / seconds)
-
-
-def teacher_lr(teacher, args):
-    """Adam's good learning rates fall with the width (Yang et al. 2021, arXiv 2203.03466)."""
-    return args.lr_teacher * 128 / teacher.form[2]
 
 
 def update(loss_d, loss_g, gans, opt):
@@ -493,16 +482,18 @@ def pca_auroc(x, x_test, y_test):
 def cost(gan, x):
     """What a GAN costs: params and flops (of one image) of generator and discriminator. The
     generator is all that scoring takes: MB of weights, and microseconds per image on the device of
-    x (N, C, size, size), for an image by itself (us_1) and in a batch of 256 (us_256)."""
+    x (N, C, size, size), for an image by itself (us_1) and in a batch of 256 (us_256). With it goes
+    what that buys, l1 = E[|x - x_hat|]."""
     with FlopCounterMode(display=False) as counter:
         gan.d(gan.g(x[:1]).x_hat)
     params, params_g = (sum(p.numel() for p in net.parameters()) for net in (gan, gan.g))
     found = {"params": params, "flops": counter.get_total_flops(), "MB": 4e-6 * params_g}
     for n in (1, 256):
         some = x[torch.arange(n) % len(x)]
-        seconds = timeit.repeat(lambda x=some: score(gan, x).cpu(), number=1, repeat=11)
-        found[f"us_{n}"] = 1e6 / n * sorted(seconds)[5]  # the median
-    return found
+        seconds = timeit.repeat(lambda some=some: score(gan, some).cpu(), number=1, repeat=11)
+        found[f"us_{n}"] = 1e6 / n * statistics.median(seconds)
+    x_hat = in_parts(lambda part: gan.g(part).x_hat, x)
+    return found | {"l1": contextual_loss(x, x_hat).item()}
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -520,10 +511,9 @@ def read_image(path, size):
 
 def load_folder(root, size):
     """load_images() of train/<class>/* and test/<class>/* under root, the layout of MVTec AD."""
-    folders = (root / "train", root / "test")
     train, test = (
-        torchvision.datasets.ImageFolder(folder, loader=lambda path: read_image(path, size))
-        for folder in folders
+        torchvision.datasets.ImageFolder(root / split, loader=lambda path: read_image(path, size))
+        for split in ("train", "test")
     )
     x, x_test = (torch.stack([image for image, _ in split]) for split in (train, test))
     c_test = [train.class_to_idx.get(test.classes[k], -1) for k in test.targets]  # -1: not in train
@@ -538,6 +528,7 @@ def load_images(dataset, root, size):
     names, -1 for a class that is in test only. Raises OSError for what cannot be used."""
     if dataset == "folder":
         return load_folder(root, size)
+    classes = list("0123456789")
     if dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
         digits = datasets.load_digits()
         x, c = (digits.images * (255 / 16)).round().astype("uint8"), digits.target  # of 16 levels
@@ -551,7 +542,8 @@ def load_images(dataset, root, size):
             advice = "delete it there and run again online"
             raise OSError(f"{name} in {root}: {error}; {advice}") from error
         parts = train.data, test.data, train.targets, test.targets
-    classes = train.classes if dataset in ("fmnist", "cifar10") else list("0123456789")
+        if dataset != "mnist":
+            classes = train.classes
     x, x_test, c, c_test = map(torch.as_tensor, parts)
     x, x_test = (t.reshape(*t.shape[:3], -1).permute(0, 3, 1, 2) for t in (x, x_test))
     return TF.resize(x, [size, size]), c, TF.resize(x_test, [size, size]), c_test, classes
@@ -613,20 +605,18 @@ def run(args):
 
     if args.teacher:
         path = Path(args.teacher)
-        teacher, _ = load_gan(path / folder.name / "teacher.pt" if path.is_dir() else path)
-        teacher.to(args.device)
+        trained, _ = load_gan(path / folder.name / "teacher.pt" if path.is_dir() else path)
+        teacher.load_state_dict(trained.state_dict())
     else:
-        train_gan(
-            teacher, epochs=args.epochs, lr=teacher_lr(teacher, args), stage="teacher", **common
-        )
+        train_gan(teacher, epochs=args.epochs, lr=args.lr_teacher, stage="teacher", **common)
     evaluate("teacher", teacher)
     train_gan(alone, epochs=both, lr=args.lr_student, stage="student_alone", **common)
     evaluate("student_alone", alone)
     distill(teacher, student, epochs=args.epochs1, joint=False, stage="step1", **common)
     evaluate("step1", student)
     partner = copy.deepcopy(teacher)  # step 2 changes it, and teacher.pt can start other runs
-    go_on = {"rate": args.lr_step2, "first_epoch": args.epochs1}
-    distill(partner, student, epochs=args.epochs2, joint=True, stage="step2", **go_on, **common)
+    slower = {"rate": args.lr_step2, **common}
+    distill(partner, student, epochs=args.epochs2, joint=True, stage="step2", **slower)
     evaluate("step2", student)
     evaluate("teacher_step2", partner)
 
@@ -637,7 +627,7 @@ def run(args):
 
     result = {"normal": name, "auroc": plain, "auroc_whitened": whitened, "curve": curve}
     result |= {"images_per_second": speed, "seconds": time.perf_counter() - began}
-    result |= origin(args) | compare(teacher, student, x, x_test, y_test)
+    result |= describe(args, teacher, student, x, x_test, y_test)
     print_tables(result)
     save(folder, result, teacher, student, x, x_held.cpu(), x_test.cpu(), y_test)
     print(f"RESULT {json.dumps(result)}", flush=True)
@@ -654,35 +644,29 @@ def make_folder(args, name):
     return folder
 
 
-def compare(teacher, student, x, x_test, y_test):
+def describe(args, teacher, student, x, x_test, y_test):
     """What a result says beside the stages: cost() of teacher and student on the normal test
-    images, and of simpler means: the L1 distance of these to the training images' median, PCA."""
+    images, what simpler means reach, and where it comes from."""
     normal = x_test[y_test == 0]
     of_t, of_s = cost(teacher, normal), cost(student, normal)
     found = {key: {"teacher": of_t[key], "student": of_s[key]} for key in of_t}
-    nets = {"teacher": teacher, "student": student}
-    x_hats = {name: in_parts(lambda part: gan.g(part).x_hat, normal) for name, gan in nets.items()}
-    x_hats["median_image"] = x.median(0).values
-    found["l1"] = {name: (normal - x_hat).abs().mean().item() for name, x_hat in x_hats.items()}
-    found["images"] = {"train": len(x), "test": len(x_test), "normal": len(normal)}
-    found["baselines"] = {"pca": pca_auroc(x, x_test, y_test)}
-    return found | {"ratio": of_t["flops"] / of_s["flops"]}
-
-
-def origin(args):
-    """Where a result comes from: task, settings, version, precision, device and packages."""
-    cuda = args.device.startswith("cuda")
-    name = torch.cuda.get_device_name(args.device) if cuda else args.device
-    modules = torch, torchvision, sklearn
-    return {
+    found["l1"]["median_image"] = contextual_loss(
+        normal, x.median(0).values.expand_as(normal)
+    ).item()
+    return found | {
+        "ratio": of_t["flops"] / of_s["flops"],
+        "baselines": {"pca": pca_auroc(x, x_test, y_test)},
+        "images": {"train": len(x), "test": len(x_test), "normal": len(normal)},
         "dataset": args.dataset,
         "seed": args.seed,
         "settings": vars(args),
         "split": "validation" if args.val else "test",
         "version": VERSION,
-        "bf16": native_bf16(torch.device(args.device).type),
-        "device": f"{name}, {torch.get_num_threads()} threads",
-        "versions": {module.__name__: module.__version__ for module in modules},
+        "bf16": native_bf16(x.device.type),
+        "device": f"{args.device}, {torch.get_num_threads()} threads",
+        "versions": {
+            module.__name__: module.__version__ for module in (torch, torchvision, sklearn)
+        },
     }
 
 
@@ -702,15 +686,6 @@ def print_tables(result):
         print(f"{key:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
 
 
-def samples(x, y, teacher, student):
-    """The hard ones of test images x (N, C, size, size), y = 1 for an anomaly: the 8 anomalies that
-    the student scores lowest, and the 8 normal ones that it scores highest (16, C, size, size);
-    then what the teacher makes of them; then the student."""
-    order = score(student, x).argsort()
-    hard = x[torch.cat([order[y[order] == 1][:8], order[y[order] == 0][-8:]])]
-    return torch.cat([hard, teacher.g(hard).x_hat, student.g(hard).x_hat])
-
-
 def save(folder, result, teacher, student, x, x_held, x_test, y_test):
     """Write the nets, with the whitening of training images x, samples.png, result.json and the
     exported student."""
@@ -723,12 +698,10 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
             scores = torch.cat([score(gan, image) for image in x_held.split(1)])  # as --score
             content = {"version": VERSION, "form": gan.form, "weights": gan.state_dict()}
             content["calibration"] = scores.sort().values
-            buffer = io.BytesIO()  # on a full disk torch raises no OSError, write_bytes does
-            torch.save(content, buffer)
-            (part / name).write_bytes(buffer.getvalue())
-        look = {"nrow": 16, "normalize": True, "value_range": (-1, 1)}
-        pictures = samples(x_test, y_test, teacher, student)
-        torchvision.utils.save_image(pictures, part / "samples.png", **look)
+            torch.save(content, part / name)
+        some = torch.cat([x_test[y_test == 0][:8], x_test[y_test == 1][:8]])
+        rows = torch.cat([some, teacher.g(some).x_hat, student.g(some).x_hat])
+        torchvision.utils.save_image(rows / 2 + 0.5, part / "samples.png", nrow=16)
         (part / "result.json").write_text(json.dumps(result, indent=1))
         for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
             file.replace(folder / file.name)
@@ -764,33 +737,32 @@ def score_files(args):
     p <= args.alpha. One that cannot be read gets a line on stderr; then, OSError at the end."""
     gan, calibration = load_gan(args.score[0])
     size, channels, *_ = gan.to(args.device).form
-    files, broken = [], 0
+    if channels == 1:
+        note("this student is for grey images: colour is dropped")
+    if 1 / (len(calibration) + 1) > args.alpha:  # the smallest p-value that there is
+        note(f"no anomaly can show: only {len(calibration)} images were held out (--holdout)")
+    files = []
     for path in map(Path, args.score[1:]):
         inside = (f for f in path.rglob("*") if torchvision.datasets.folder.is_image_file(f.name))
         files += sorted(inside) if path.is_dir() else [path]
-    verdicts = ["normal", "anomaly"]
-    if 1 / (len(calibration) + 1) > args.alpha:  # the smallest p-value that there is
-        verdicts = ["", ""]
-        note(f"no verdicts: only {len(calibration)} images were held out (--holdout)")
+    scored = 0
     print("path\tscore\tp-value\tverdict")
-    once = functools.cache(note)
     for file in files:
         try:
             x = read_image(file, size)[None].float()
         except OSError as error:
             note(error)
-            broken += 1
             continue
         if channels == 1:
-            if (x != x[:, :1]).any():
-                once("this student is for grey images: colour is dropped")
             x = x.mean(1, keepdim=True).round()
         value = score(gan, (x / 127.5 - 1).to(args.device)).cpu()
         p = p_values(value, calibration).item()
         name = str(file).translate({9: "\\t", 10: "\\n", 13: "\\r"})  # one line, four columns
-        print(f"{name}\t{value.item():.5g}\t{p:.4g}\t{verdicts[p <= args.alpha]}", flush=True)
-    if broken or not files:
-        raise OSError(f"{broken} of {len(files)} images could not be scored")
+        verdict = "anomaly" if p <= args.alpha else "-"
+        print(f"{name}\t{value.item():.5g}\t{p:.4g}\t{verdict}", flush=True)
+        scored += 1
+    if not files or scored < len(files):
+        raise OSError(f"{scored} of {len(files)} images could be scored")
 
 
 def note(message):

@@ -304,7 +304,7 @@ def test_adam_has_dcgans_betas_and_a_rate_for_each_gan():
     rates = {teacher: 0.5, student: 0.25}
     _, opt, _ = next(pk.batches(rates, images(), settings(batch=4), 1, "test", unwatched))
     groups = opt.param_groups
-    assert [(group["initial_lr"], group["betas"]) for group in groups] == [
+    assert [(group["max_lr"], group["betas"]) for group in groups] == [
         (0.5, (0.5, 0.999)),
         (0.25, (0.5, 0.999)),
     ]
@@ -318,17 +318,15 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     for _, opt, log in pk.batches({gan(1): 1.0}, images(10), settings(batch=1), 4, "", unwatched):
         rates.append(opt.param_groups[0]["lr"])
         log.append(torch.zeros(2))
-    assert len(rates) == 40 and rates[:2] == [0.25, pytest.approx(0.5, rel=0.01)]  # of 4 updates
-    assert rates[20] == pytest.approx(0.5) and rates[39] < 0.01
-    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert len(rates) == 40 and rates[0] < 0.1 and rates[39] < 0.01
+    assert max(rates) == rates[5] == 1.0 and rates[22] == pytest.approx(0.5, rel=1e-3)  # a cosine's middle
+    assert rates[:6] == sorted(rates[:6]) and rates[5:] == sorted(rates[5:], reverse=True)
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_flips_mirror_half_of_the_images():
     x, seen = images(200), []
-    for batch, log in pk.batches(
-        x, settings(flip=True), 1, "test", unwatched, pk.adam({gan(1): 0.0})
-    ):
+    for batch, _, log in pk.batches({gan(1): 1.0}, x, settings(flip=True), 1, "", unwatched):
         seen += batch
         log.append(torch.zeros(2))
     as_is = {image.numpy().tobytes() for image in x}
@@ -401,9 +399,11 @@ def test_student_alone_step_1_and_rival_start_equal_and_see_the_same(traced):
     assert same(alone["before"][0], step1["before"][1])
     assert same(alone["before"][0], rival["before"][1])
     assert same(stages["teacher"]["before"][0], rival["before"][0])
-    both_steps = step1["batches"] + step2["batches"]  # as many updates of the student
-    for a, b, c in zip(both_steps, alone["batches"], rival["batches"], strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
+    for a, b in zip(alone["batches"], rival["batches"], strict=True):
+        assert torch.equal(a, b)
+    for step in step1, step2:  # each begins with the first epoch's order
+        assert all(map(torch.equal, step["batches"], alone["batches"]))
+    assert len(step1["batches"]) + len(step2["batches"]) == len(alone["batches"])
 
 
 def test_an_epoch_is_every_image_once_in_a_new_order(traced):
@@ -422,13 +422,14 @@ def bytes_of(image):
 
 def test_learning_rates_of_the_stages(traced):
     s, stages = SETTINGS, traced[0]
-    teacher, student = s.lr_teacher * 128 / s.teacher_width, s.lr_student
+    teacher, student = s.lr_teacher, s.lr_student
+    assert teacher == pk.parse(["--teacher-width", "128"]).lr_teacher * 128 / s.teacher_width
     peaks = {name: torch.tensor(stage["rates"]).max(0).values for name, stage in stages.items()}
     shares = {"teacher": [teacher], "student_alone": [student], "step1": [student]}
     shares |= {"step2": [s.lr_step2 * student, s.lr_step2 * teacher]}
     shares |= {"joint_only": [student, teacher]}
     for name, expected in shares.items():
-        assert torch.allclose(peaks[name], torch.tensor(expected), rtol=0.2), name
+        assert torch.allclose(peaks[name], torch.tensor(expected), rtol=0.25), name
         assert len(peaks[name]) == len(expected)
 
 
@@ -874,7 +875,7 @@ def test_bad_input_gets_one_clear_line(code, words, flags, bad_input, monkeypatc
     monkeypatch.chdir(bad_input)
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(pk, "compare", None)  # none of these may come to the end of the training
+    monkeypatch.setattr(pk, "describe", None)  # none of these may come to the end of the training
     assert exit_code("--size", "16", *flags) == code
     stderr = capsys.readouterr().err
     assert len(stderr.splitlines()) == 1 and stderr.startswith("pkdgan.py: "), stderr
@@ -1023,7 +1024,7 @@ def test_scores_of_a_thousand_images_and_a_broken_one(trained, tmp_path, monkeyp
     out, err = capsys.readouterr()
     assert [line.partition(" cannot")[0] for line in err.splitlines()] == [
         "pkdgan.py: in/0500.png",
-        "pkdgan.py: 1 of 1001 images could not be scored",
+        "pkdgan.py: 1000 of 1001 images could be scored",
     ]
     lines = scored(out)
     paths = [f"in/{i:04}.png" for i in range(1000) if i != 500]
@@ -1035,16 +1036,16 @@ def test_scores_of_a_thousand_images_and_a_broken_one(trained, tmp_path, monkeyp
         assert float(value) == pytest.approx(by_itself.item(), rel=1e-4)
         expected = (calibration >= by_itself * (1 - 1e-5)).sum() + 1
         assert float(p) == pytest.approx(expected.item() / (len(calibration) + 1), abs=1e-4)
-        assert verdict == ("anomaly" if float(p) <= 0.1 else "normal")
+        assert verdict == ("anomaly" if float(p) <= 0.1 else "-")
     assert lines[-1][1:] == lines[7][1:] and len({line[1] for line in lines}) > 500
 
 
-@pytest.mark.parametrize("n, verdict", [(18, ""), (19, "anomaly")])
+@pytest.mark.parametrize("n, verdict", [(18, "-"), (19, "anomaly")])
 def test_verdict_at_alpha_itself(n, verdict, tmp_path, capsys):
     student = save_student(tmp_path / "student.pt", gan(2), torch.zeros(n))
     assert pk.main(["--score", student, png(tmp_path / "a.png", torch.zeros(1, 16, 16))]) == 0
     out, err = capsys.readouterr()
-    assert scored(out)[0][3] == verdict and ("no verdicts" in err) == (n == 18)
+    assert scored(out)[0][3] == verdict and ("no anomaly can show" in err) == (n == 18)
 
 
 def test_score_without_held_out_images_says_so(traced, tmp_path, capsys):
@@ -1052,7 +1053,7 @@ def test_score_without_held_out_images_says_so(traced, tmp_path, capsys):
     student = str(traced[2] / "digits-3-seed0" / "student.pt")
     assert pk.main(["--score", student, png(tmp_path / "a.png", x[0])]) == 0
     out, err = capsys.readouterr()
-    assert scored(out)[0][2:] == ["1", ""] and len(err.splitlines()) == 1 and "--holdout" in err
+    assert scored(out)[0][2:] == ["1", "-"] and len(err.splitlines()) == 2 and "--holdout" in err
     assert pk.main(["--score", student]) == 1 and "0 of 0 images" in capsys.readouterr().err
 
 
