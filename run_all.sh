@@ -5,7 +5,7 @@
 #   sbatch --array=0-29 run_all.sh           # Slurm: each task of the array does its share
 #   JOBS=0 bash run_all.sh                   # nothing but the table of what there is
 # JOBS runs go at a time. Stop this as you like: started again, it skips what has a result in OUT.
-set -aeuo pipefail -f # -a: what follows, functions too, is there in the runs' processes
+set -aeuo pipefail -f # -a: the runs' processes have what follows, functions too
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) PYTHON=$(command -v python || command -v python3)
 [ -f "$HERE/pkdgan.py" ] || HERE=$SLURM_SUBMIT_DIR # Slurm starts a copy that lies elsewhere
 DATASETS=${DATASETS:-mnist fmnist cifar10} NORMALS=${NORMALS:-0 1 2 3 4 5 6 7 8 9}
@@ -17,28 +17,24 @@ for flag; do case $flag in --dataset* | --normal* | --seed* | --out* | --score*)
 RUNS=$(for d in $DATASETS; do for s in $SEEDS; do for n in $NORMALS; do echo "$d $s $n"; done; done; done)
 [ -n "$RUNS" ] || fail "nothing to run: DATASETS, SEEDS or NORMALS is blank"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  shares=${SLURM_ARRAY_TASK_COUNT:-$(wc -l <<<"$RUNS")}
-  share=$(((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1}))
-  ((share < shares)) || fail "--array must be one range, such as 0-29"
-  RUNS=$(awk "(NR - 1) % $shares == $share" <<<"$RUNS") && [ -n "$RUNS" ] || exit 0
+  share=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
+  ((share < SLURM_ARRAY_TASK_COUNT)) || fail "--array must be one range, such as 0-29"
+  RUNS=$(awk "(NR - 1) % $SLURM_ARRAY_TASK_COUNT == $share" <<<"$RUNS") && [ -n "$RUNS" ] || exit 0
 fi
 results() { # results todo FLAGS: a line "DATASET SEED NORMAL LOG" for each; results table FLAGS
   "$PYTHON" - "$@" <<'END'
-import json, os, sys
-from contextlib import suppress
-from pathlib import Path
-from statistics import mean, stdev
+import contextlib, json, os, pathlib, statistics, sys
 sys.path.insert(0, os.environ["HERE"]); import pkdgan, torch
-(mode, *flags), out, have, got, asked = sys.argv[1:], Path(os.environ["OUT"]), [], {}, []
+(mode, *flags), out, have, got, asked = sys.argv[1:], pathlib.Path(os.environ["OUT"]), [], {}, []
 for file in out.glob("*-seed*/result.json"):
-    with suppress(OSError, ValueError, LookupError, TypeError):  # another program's, half replaced
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # another program's, half replaced
         r = json.loads(file.read_text())
         for auroc in (r["auroc"], r["auroc_whitened"]):
             auroc["gain"] = auroc["step2"] - auroc["student_alone"]
         have += [r] * (r["version"] == pkdgan.VERSION)
 for d, s, n in map(str.split, os.environ["RUNS"].splitlines()):
     want = vars(pkdgan.parse([*flags, "--dataset", d, "--seed", s, "--normal", n]))
-    asked += [(Path(want["data"]).resolve().name if d == "folder" else d, s, n)]
+    asked += [(pathlib.Path(want["data"]).resolve().name if d == "folder" else d, s, n)]
     for r in have:  # an unasked rival or curve does no harm; a table may be made elsewhere
         free = {key: r["settings"][key] for key in ("out", "device", "alpha", "normal", "score")}
         free |= {key: want[key] or r["settings"][key] for key in ("ablation", "curve")}
@@ -51,31 +47,28 @@ len({id(r) for r in got.values()}) < len(got) and sys.exit("run_all.sh: NORMALS 
 for title in dict.fromkeys(title for title, *_ in asked) if mode == "table" else ():
     seeds, normals = (list(dict.fromkeys(run[i] for run in asked if run[0] == title)) for i in (1, 2))
     mine = [r for run, r in got.items() if run[0] == title]
-    keys = ["teacher", "student_alone", "step1", "step2", "gain", "joint_only"]
-    keys = [key for key in keys if key != "joint_only" or any(key in r["auroc"] for r in mine)]
-    print(f"\n| {title} | {' | '.join(keys)} | seeds |\n|" + "---|" * (len(keys) + 2))
+    rival = ["joint_only"] * any("joint_only" in r["auroc"] for r in mine)
+    keys = ["teacher", "student_alone", "step1", "step2", "gain", *rival]
+    print(f"\n| {title}, AUROC in %, plain / whitened | {' | '.join(keys)} | seeds |\n|" + "---|" * (len(keys) + 2))
     for name, group in [*((n, [n]) for n in normals), ("mean", normals)]:
         full = [s for s in seeds if all((title, s, n) in got for n in group)]
         for key in keys:  # plain / whitened, mean ± std over the seeds that have the whole group
             cell = []
             for kind in ("auroc", "auroc_whitened"):
-                means = [[got[title, s, n][kind].get(key) for n in group] for s in full]
-                means = [mean(values) for values in means if None not in values]
-                spread = f" ± {stdev(means):.2f}" if len(means) > 1 else ""
-                cell += [f"{mean(means):.2f}{spread}"] if means else []
+                runs = [[got[title, s, n][kind] for n in group] for s in full]
+                means = [statistics.mean(r[key] for r in rs) for rs in runs if all(key in r for r in rs)]
+                spread = f" ± {statistics.stdev(means):.2f}" if len(means) > 1 else ""
+                cell += [f"{statistics.mean(means):.2f}{spread}"] if means else []
             name += f" | {' / '.join(cell) or 'missing'}"
         print(f"| {name} | {len(full)} of {len(seeds)} |")
-    print(*{f"\nAUROC in %, plain / whitened, {r['split']} split, {r['device']}, "
-            f"torch {r['versions']['torch']}, bfloat16 {r['bf16']}, FLOPs {r['ratio']:.2f} : 1" for r in mine}, sep="")
+    print(*{f"\n{r['split']} split, {r['device']}, torch {r['versions']['torch']}, FLOPs {r['ratio']:.2f} : 1" for r in mine})
 sys.exit(mode == "table" and len(got) < len(asked))
 END
 }
 one() { # one "DATASET SEED NORMAL LOG" FLAGS
-  local dataset seed normal log todo=1 failed=0 && read -r dataset seed normal log <<<"$1" && shift
-  exec 9>>"$log" # what outlived a killed run_all.sh has its log locked: await its end, look again
-  flock -n 9 2>/dev/null || { flock 9 2>/dev/null; todo=$(RUNS="$dataset $seed $normal" results todo "$@"); }
-  [ -z "$todo" ] || "$PYTHON" "$HERE/pkdgan.py" "$@" --dataset "$dataset" --normal "$normal" \
-    --seed "$seed" --out "$OUT" >"$log" 2>&1 </dev/null || failed=1
+  local dataset seed normal log failed=0 && read -r dataset seed normal log <<<"$1" && shift
+  "$PYTHON" "$HERE/pkdgan.py" "$@" --dataset "$dataset" --normal "$normal" --seed "$seed" \
+    --out "$OUT" >"$log" 2>&1 </dev/null || failed=1
   echo >>"$TALLY" && n=$(wc -l <"$TALLY")
   echo "[$n/$TODO] $log, $((($(date +%s) - BEGAN) * (TODO - n) / n / 60)) min left"
   ((failed == 0)) || { echo "no result: $log: $(tail -n 1 "$log")" >&2 && return 1; }
@@ -89,5 +82,4 @@ if ((JOBS > 0)); then
   trap 'rm -f "$TALLY"' EXIT && trap 'echo "interrupted; the same command goes on" >&2; exit 130' INT
   printf %s "$todo" | tr '\n' '\0' | xargs -0 -P "$JOBS" -I{} bash -c 'one "$@"' _ {} "$@" || failed=1
 fi
-[ -n "${SLURM_ARRAY_TASK_ID:-}" ] || results table "$@"
-exit "${failed:-0}"
+[ -n "${SLURM_ARRAY_TASK_ID:-}" ] || results table "$@" && exit "${failed:-0}"
