@@ -11,8 +11,8 @@
 
 Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for One-class Novelty
 Detection", IJCAI 2020 (arXiv 2007.06963). Its full text was not at hand: [paper] marks what its
-abstract, its follow-up's (arXiv 2109.07295) and public listings say, [ours] what they leave open
-and was decided here. What comes from elsewhere is cited. README.md lists it all, with figures.
+abstract, its follow-up's (arXiv 2109.07295) and public listings say, [ours] what was decided here.
+What comes from elsewhere is cited. README.md lists it all, with figures.
 
 A wide teacher (suffix _t) and a narrow student (_s), two GANs of one architecture, see images of
 one normal class only:
@@ -53,11 +53,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
-VERSION = 3  # of the method and the files: raised when a change makes earlier results incomparable
+VERSION = 4  # of the method and the files: raised when a change makes earlier results incomparable
 
 # ----------------------------------------------------------------------------------------- settings
-# PER_DATASET below overrides these, for digits, the default data set, too.
-SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for flip
+SETTINGS = {  # each is a flag; PER_DATASET below overrides some, for digits, the default, too
     "dataset": "digits",  # digits, mnist, fmnist, cifar10 or folder
     "normal": "0",  # the normal class, by index or name
     "data": "data",  # where data sets are or go to; for folder, what has train/ and test/
@@ -86,16 +85,15 @@ SETTINGS = {  # each is a flag: --teacher-width for teacher_width, --no-flip for
     "w_adv": 1.0,  # weight of a GAN's adversarial loss
     "w_con": 1.0,  # weight of a GAN's contextual loss
     "w_lat": 1.0,  # weight of a GAN's latent loss
-    "kd_inter": 1.0,  # weight of the intermediate distillation loss
-    "kd_latent": 1.0,  # weight of the latent distillation loss
-    "kd_adv": 0.1,  # weight of the adversarial distillation loss; at 1 it outweighs the others
-    "flip": True,  # mirror training images left-right at random
+    "kd_inter": 10.0,  # weight of the intermediate distillation loss
+    "kd_latent": 10.0,  # weight of the latent distillation loss
+    "kd_adv": 1.0,  # weight of the adversarial distillation loss; at 10 it outweighs the others
 }
 DIGITS = {"epochs": 20, "epochs1": 40, "epochs2": 10, "lr_student": 5e-3, "batch": 16}
-DIGITS |= {"normal": "8", "teacher_width": 32, "student_width": 4, "w_con": 10.0, "flip": False}
+DIGITS |= {"normal": "8", "teacher_width": 32, "student_width": 4, "w_con": 10.0}
 PER_DATASET = {  # ratios at least the paper's: CIFAR-10 24.45, MNIST 311.11, Fashion-MNIST 700
     "digits": DIGITS,
-    "mnist": {"student_width": 6, "lr_student": 5e-3, "w_con": 10.0, "flip": False},
+    "mnist": {"student_width": 6, "lr_student": 5e-3, "w_con": 10.0},
     "fmnist": {"student_width": 3},
     "cifar10": {"student_width": 16},
     "folder": {"holdout": 0.1, "epoch_images": 4000},
@@ -295,9 +293,8 @@ def adversarial_distillation_loss(f_t, f_s):
 
 # ----------------------------------------------------------------------------------------- training
 def train_gan(gan, x, args, *, epochs, lr, stage, watch):
-    """Train a GAN by itself on images x (N, C, size, size): the teacher, or the student alone.
-    After each epoch calls watch(stage, gan, images per second). Raises FloatingPointError if a
-    loss is not finite."""
+    """Train a GAN by itself on images x (N, C, size, size). After each epoch calls watch(stage,
+    gan, images per second). Raises FloatingPointError if a loss is not finite."""
     gan.train()
     for x_real, opt, log in batches({gan: lr}, x, args, epochs, stage, watch):
         out = amp(gan.g, x_real)
@@ -368,9 +365,9 @@ def judge(d, x):
 def batches(rates, x, args, epochs, stage, watch):
     """Yield (x_real (B, C, size, size), optimizer, log) for each update of a stage; the caller
     appends the tensor [L_D, L_G] to the log, of which each epoch prints the mean. rates: {GAN:
-    highest learning rate}, the GAN to watch first. The rates rise, then fall as a cosine to zero
-    (Smith and Topin 2018), so that the last epoch is a settled one [ours]. The order of the images
-    comes from the seed and the epoch's number alone."""
+    highest learning rate}, the GAN to watch first; they rise, then fall as a cosine to zero (Smith
+    and Topin 2018), so that the last epoch is a settled one [ours]. Seed and epoch give the order
+    of the images."""
     n = len(x) * max(1, args.epoch_images // len(x))  # a small set is shown several times an epoch
     updates = epochs * math.ceil(n / args.batch)
     groups = [{"params": gan.parameters()} for gan in rates]
@@ -380,12 +377,9 @@ def batches(rates, x, args, epochs, stage, watch):
     start = time.perf_counter()
     for epoch in range(1, epochs + 1):
         rng = torch.Generator().manual_seed(10_000 * args.seed + epoch)
-        order = torch.randperm(n, generator=rng).to(x.device)
-        mirrored = (torch.rand(n, 1, 1, 1, generator=rng) < 0.5 * args.flip).to(x.device)
         log = []
-        for index in order.split(args.batch):
-            x_real = x[index % len(x)]
-            yield torch.where(mirrored[index], x_real.flip(-1), x_real), opt, log
+        for index in torch.randperm(n, generator=rng).to(x.device).split(args.batch):
+            yield x[index % len(x)], opt, log
             schedule.step()
         loss_d, loss_g = torch.stack(log).mean(0).tolist()  # only now: reading waits for the device
         losses = f"{stage} {epoch}/{epochs}: loss_D {loss_d:.3f} loss_G {loss_g:.3f}"
@@ -409,7 +403,7 @@ def update(loss_d, loss_g, gans, opt):
 
 
 def native_bf16(device_type):
-    """Whether "cpu" or "cuda" has bfloat16 in hardware; MPS is not asked."""
+    """Whether "cpu" or "cuda" has bfloat16 in hardware."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = getattr(torch.cpu, "get_capabilities", dict)() if device_type == "cpu" else {}
@@ -443,8 +437,7 @@ def score(gan, x):
 
 def whitening(gan, x):
     """(m (z_dim,), W (z_dim, z_dim)) of the residuals r of training images x: their mean, and a
-    root of their inverse covariance, W W' = C^-1, so that (r - m) W has unit variance everywhere.
-    C is shrunk (Ledoit and Wolf 2004): it exists for few images, too."""
+    root of their inverse covariance, W W' = C^-1. C is shrunk (Ledoit and Wolf 2004)."""
     r = in_parts(gan.eval().residual, x)
     fit = covariance.LedoitWolf().fit(r.cpu())
     white = torch.linalg.cholesky(torch.tensor(fit.precision_))
@@ -482,8 +475,7 @@ def pca_auroc(x, x_test, y_test):
 def cost(gan, x):
     """What a GAN costs: params and flops (of one image) of generator and discriminator. The
     generator is all that scoring takes: MB of weights, and microseconds per image on the device of
-    x (N, C, size, size), for an image by itself (us_1) and in a batch of 256 (us_256). With it goes
-    what that buys, l1 = E[|x - x_hat|]."""
+    x (N, C, size, size), alone (us_1) and in a batch of 256 (us_256). And l1 = E[|x - x_hat|]."""
     with FlopCounterMode(display=False) as counter:
         gan.d(gan.g(x[:1]).x_hat)
     params, params_g = (sum(p.numel() for p in net.parameters()) for net in (gan, gan.g))
@@ -586,46 +578,47 @@ def run(args):
         return GAN(args.size, x.shape[1], width, args.z_dim).to(args.device)
 
     plain, whitened, curve, speed = {}, {}, {}, {}
-    teacher, student = fresh(args.teacher_width), fresh(args.student_width)
-    alone = fresh(args.student_width)
+    result = {"normal": name, "auroc": plain, "auroc_whitened": whitened, "curve": curve}
 
     def evaluate(stage, gan):
-        """Note a GAN's AUROCs in percent after a stage, as auroc() gives and raises them."""
-        plain[stage], whitened[stage] = auroc(gan, x, x_test, y_test)
+        """Note a GAN's AUROCs after a stage, and return them: auroc()'s."""
+        plain[stage], whitened[stage] = found = auroc(gan, x, x_test, y_test)
+        return found
 
     def watch(stage, gan, images_per_second):
-        """Note an epoch's speed and, with --curve, the AUROCs in percent, as auroc()."""
+        """Note an epoch's speed and, with --curve, the AUROCs."""
         speed[stage] = images_per_second
         if args.curve:
-            curve.setdefault(stage, []).append(auroc(gan, x, x_test, y_test))
+            curve.setdefault(stage, []).append(evaluate(stage, gan))
             gan.train()
 
+    teacher, student = fresh(args.teacher_width), fresh(args.student_width)
+    alone = fresh(args.student_width)
     both = args.epochs1 + args.epochs2
-    common = {"x": x, "args": args, "watch": watch}
+    how = {"x": x, "args": args, "watch": watch}
 
     if args.teacher:
         path = Path(args.teacher)
         trained, _ = load_gan(path / folder.name / "teacher.pt" if path.is_dir() else path)
         teacher.load_state_dict(trained.state_dict())
     else:
-        train_gan(teacher, epochs=args.epochs, lr=args.lr_teacher, stage="teacher", **common)
+        train_gan(teacher, epochs=args.epochs, lr=args.lr_teacher, stage="teacher", **how)
     evaluate("teacher", teacher)
-    train_gan(alone, epochs=both, lr=args.lr_student, stage="student_alone", **common)
+    train_gan(alone, epochs=both, lr=args.lr_student, stage="student_alone", **how)
     evaluate("student_alone", alone)
-    distill(teacher, student, epochs=args.epochs1, joint=False, stage="step1", **common)
+    distill(teacher, student, epochs=args.epochs1, joint=False, stage="step1", **how)
     evaluate("step1", student)
     partner = copy.deepcopy(teacher)  # step 2 changes it, and teacher.pt can start other runs
-    slower = {"rate": args.lr_step2, **common}
-    distill(partner, student, epochs=args.epochs2, joint=True, stage="step2", **slower)
+    how2 = how | {"rate": args.lr_step2}
+    distill(partner, student, epochs=args.epochs2, joint=True, stage="step2", **how2)
     evaluate("step2", student)
     evaluate("teacher_step2", partner)
 
     if args.ablation:
         rival_t, rival_s = fresh(args.teacher_width), fresh(args.student_width)
-        distill(rival_t, rival_s, epochs=both, joint=True, stage="joint_only", **common)
+        distill(rival_t, rival_s, epochs=both, joint=True, stage="joint_only", **how)
         evaluate("joint_only", rival_s)
 
-    result = {"normal": name, "auroc": plain, "auroc_whitened": whitened, "curve": curve}
     result |= {"images_per_second": speed, "seconds": time.perf_counter() - began}
     result |= describe(args, teacher, student, x, x_test, y_test)
     print_tables(result)
@@ -650,29 +643,19 @@ def describe(args, teacher, student, x, x_test, y_test):
     normal = x_test[y_test == 0]
     of_t, of_s = cost(teacher, normal), cost(student, normal)
     found = {key: {"teacher": of_t[key], "student": of_s[key]} for key in of_t}
-    found["l1"]["median_image"] = contextual_loss(
-        normal, x.median(0).values.expand_as(normal)
-    ).item()
-    return found | {
-        "ratio": of_t["flops"] / of_s["flops"],
-        "baselines": {"pca": pca_auroc(x, x_test, y_test)},
-        "images": {"train": len(x), "test": len(x_test), "normal": len(normal)},
-        "dataset": args.dataset,
-        "seed": args.seed,
-        "settings": vars(args),
-        "split": "validation" if args.val else "test",
-        "version": VERSION,
-        "bf16": native_bf16(x.device.type),
-        "device": f"{args.device}, {torch.get_num_threads()} threads",
-        "versions": {
-            module.__name__: module.__version__ for module in (torch, torchvision, sklearn)
-        },
-    }
+    median = x.median(0).values.expand_as(normal)
+    found["l1"]["median_image"] = contextual_loss(normal, median).item()
+    found |= {"baselines": {"pca": pca_auroc(x, x_test, y_test)}}
+    found |= {"images": {"train": len(x), "test": len(x_test), "normal": len(normal)}}
+    found |= {"ratio": of_t["flops"] / of_s["flops"], "dataset": args.dataset, "seed": args.seed}
+    found |= {"settings": vars(args), "split": "validation" if args.val else "test"}
+    device, bf16 = f"{args.device}, {torch.get_num_threads()} threads", native_bf16(x.device.type)
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision, sklearn)}
+    return found | {"version": VERSION, "versions": versions, "device": device, "bf16": bf16}
 
 
 def print_tables(result):
-    """AUROC of each stage, by the plain and by the whitened score, each with what it is above the
-    student alone; then what the nets cost."""
+    """AUROC of each stage and what it is above the student alone; then what the nets cost."""
     plain, whitened = result["auroc"], result["auroc_whitened"]
     print("\nAUROC in %          plain    gain    whitened    gain")
     for stage in plain:
@@ -705,7 +688,7 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
         (part / "result.json").write_text(json.dumps(result, indent=1))
         for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
             file.replace(folder / file.name)
-        # The export comes last: where this torch fails at it, nothing else is lost.
+        # The export comes last: where this torch fails at it, nothing else is lost
         batch = {0: torch.export.Dim("batch", max=2**20)}
         student.requires_grad_(False).d = None  # scoring takes the generator
         exported = torch.export.export(student, (x_test[:2].clone(),), dynamic_shapes=(batch,))
