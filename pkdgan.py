@@ -34,7 +34,6 @@ import copy
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -158,9 +157,8 @@ def encoder(size, channels, width, n_out):
 
 def upsample(c_in, c_out, bias=False):
     """(B, c_in, h, h) -> (B, c_out, 2h, 2h): DCGAN's transposed 4x4 convolution of stride 2, as a
-    2x2 convolution to four sub-pixels (Shi et al. 2016), less those beyond the image. For few
-    channels a CPU is 3 to 7 times faster so, and nn.Conv2d's initial weights suit c_in, where
-    nn.ConvTranspose2d's saturate wide nets."""
+    2x2 convolution to four sub-pixels (Shi et al. 2016), less those beyond the image: 3 to 7 times
+    faster on a CPU, and nn.Conv2d's initial weights do not saturate wide nets."""
     conv = nn.Conv2d(c_in, 4 * c_out, 2, padding=1, bias=bias)
     return nn.Sequential(conv, nn.PixelShuffle(2), nn.ZeroPad2d(-1))
 
@@ -188,8 +186,7 @@ class Generated(NamedTuple):
 
 class Generator(nn.Module):
     """Encoder-decoder-encoder x -> z -> x_hat -> z_hat [paper], as in GANomaly (Akcay et al. 2018).
-    Codes lie on the sphere of radius sqrt(z_dim) [ours]: without it the latent loss falls when both
-    codes merely shrink, and a score depends on their norms as much as on their disagreement."""
+    Codes lie on a sphere [ours]: else the latent loss falls when both codes merely shrink."""
 
     def __init__(self, *form):
         super().__init__()
@@ -210,8 +207,7 @@ class Generator(nn.Module):
 
 
 class GAN(nn.Module):
-    """A generator g and a discriminator d, and the anomaly score. Teacher and student differ in
-    their width alone."""
+    """A generator g, a discriminator d and the score. Only widths tell teacher from student."""
 
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
@@ -305,8 +301,8 @@ def train_gan(gan, x, args, *, epochs, lr, stage, watch):
 def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0):
     """Train a student from a teacher on images x (N, C, size, size). Step 1: the teacher is frozen,
     the student learns from distillation losses alone. Step 2, joint: the student has its own GAN's
-    losses besides; the teacher trains on by its own, as in train_gan. Adam starts anew. rate: share
-    of the learning rates in args. Calls and raises as train_gan."""
+    losses besides; the teacher trains on by its own. rate: share of the learning rates in args.
+    Calls and raises as train_gan."""
     student.train()
     teacher.train(joint).requires_grad_(joint)  # frozen: no gradient reaches it
     rates = {student: rate * args.lr_student}
@@ -339,13 +335,11 @@ def gan_losses(gan, x, out, args):
 
 
 def distillation_losses(student, out_t, out_s, args):
-    """The losses (for D, for G) by which a student learns from what the generators of teacher and
-    student made of the same images."""
+    """The losses (for D, for G) of a student, given what both generators made of an x."""
     logit_t, f_t = judge(student.d, out_t.x_hat.detach())
     logit_s, f_s = judge(student.d, out_s.x_hat)
 
-    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake (in step 1, where
-    # ---- it is D's only loss, Adam cancels the weight)
+    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake
     loss_d = args.kd_adv * discriminator_loss(logit_t, logit_s)
 
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
@@ -356,8 +350,7 @@ def distillation_losses(student, out_t, out_s, args):
 
 
 def judge(d, x):
-    """(D(x) (B, 1), f(x) (B, channels, 4, 4)) of discriminator d: its logits, and its features,
-    what its last block puts out; in float32."""
+    """(D(x) (B, 1), f(x) (B, channels, 4, 4)): logits, and the output of the last block."""
     logit, hidden = amp(d, x)
     return logit, hidden[-1].float()
 
@@ -366,8 +359,7 @@ def batches(rates, x, args, epochs, stage, watch):
     """Yield (x_real (B, C, size, size), optimizer, log) for each update of a stage; the caller
     appends the tensor [L_D, L_G] to the log, of which each epoch prints the mean. rates: {GAN:
     highest learning rate}, the GAN to watch first; they rise, then fall as a cosine to zero (Smith
-    and Topin 2018), so that the last epoch is a settled one [ours]. Seed and epoch give the order
-    of the images."""
+    and Topin 2018) [ours]. The order of the images comes from seed and epoch alone."""
     n = len(x) * max(1, args.epoch_images // len(x))  # a small set is shown several times an epoch
     updates = epochs * math.ceil(n / args.batch)
     groups = [{"params": gan.parameters()} for gan in rates]
@@ -392,9 +384,9 @@ def batches(rates, x, args, epochs, stage, watch):
 
 
 def update(loss_d, loss_g, gans, opt):
-    """One step: the discriminators of these GANs descend loss_d, their generators loss_g, and no
-    other net moves. Both gradients are taken before either moves, so that no pass is made twice
-    (GANomaly does likewise). Returns the losses (2,), detached."""
+    """One step: the discriminators of these GANs descend loss_d, their generators loss_g. Both
+    gradients are taken before either moves (as GANomaly's are), so that no pass is made twice.
+    Returns the losses (2,), detached."""
     opt.zero_grad()
     loss_d.backward(inputs=[p for gan in gans for p in gan.d.parameters()], retain_graph=True)
     loss_g.backward(inputs=[p for gan in gans for p in gan.g.parameters()])
@@ -411,8 +403,7 @@ def native_bf16(device_type):
 
 
 def amp(net, x):
-    """net(x) for training, with convolutions in bfloat16 where that is native. Codes, images,
-    logits and features come back in float32; hidden maps do not, attention_map converts them."""
+    """net(x) for training, convolutions in bfloat16 where that is native; hidden maps stay so."""
     kind = x.device.type
     with torch.autocast(kind, torch.bfloat16, enabled=native_bf16(kind)):
         return net(x)
@@ -430,8 +421,8 @@ def in_parts(f, x):
 
 
 def score(gan, x):
-    """Anomaly scores (N,) of images x (N, C, size, size) in [-1, 1] by a GAN, which is put into
-    eval mode. An image's score does not depend on the others."""
+    """Anomaly scores (N,) of images x (N, C, size, size) in [-1, 1], each independent of the other
+    images, by a GAN, which is put into eval mode."""
     return in_parts(gan.eval(), x)
 
 
@@ -446,9 +437,8 @@ def whitening(gan, x):
 
 def p_values(scores, calibration):
     """p = (1 + number of calibration scores >= score) / (n + 1), conformal (Vovk et al. 2005, Bates
-    et al. 2023), of scores (N,), given the sorted scores (n,) of normal images that no net was
-    trained on. A normal image has p <= alpha with a probability of at most alpha, over draws of all
-    of these. By hand: p_values([2.5], [1., 2., 3.]) = 2 / 4"""
+    et al. 2023), of scores (N,), given the sorted ones (n,) of normal images that no net saw. Over
+    draws of all, P(p <= alpha) <= alpha. By hand: p_values([2.5], [1., 2., 3.]) = 2 / 4"""
     n = len(calibration)
     least = scores * (1 - 1e-5)  # another device may round otherwise: that near is a tie
     return (1 + n - torch.searchsorted(calibration, least)).double() / (n + 1)
@@ -464,8 +454,7 @@ def auroc(gan, x, x_test, y_test):
 
 
 def pca_auroc(x, x_test, y_test):
-    """AUROC in percent of PCA's reconstruction error on images brought to 32 x 32, with components
-    for 90 % of the variance: what a GAN should beat."""
+    """AUROC in percent of PCA's reconstruction error (90 % of the variance, at 32 x 32)."""
     x, x_test = (F.adaptive_avg_pool2d(t, 32).flatten(1).cpu().numpy() for t in (x, x_test))
     pca = decomposition.PCA(0.9).fit(x)
     errors = x_test - pca.inverse_transform(pca.transform(x_test))
@@ -483,7 +472,7 @@ def cost(gan, x):
     for n in (1, 256):
         some = x[torch.arange(n) % len(x)]
         seconds = timeit.repeat(lambda some=some: score(gan, some).cpu(), number=1, repeat=11)
-        found[f"us_{n}"] = 1e6 / n * statistics.median(seconds)
+        found[f"us_{n}"] = 1e6 / n * sorted(seconds)[5]  # the median
     x_hat = in_parts(lambda part: gan.g(part).x_hat, x)
     return found | {"l1": contextual_loss(x, x_hat).item()}
 
@@ -531,8 +520,7 @@ def load_images(dataset, root, size):
         try:
             train, test = kind(root, download=True), kind(root, train=False)
         except Exception as error:  # no network, a missing file, broken bytes
-            advice = "delete it there and run again online"
-            raise OSError(f"{name} in {root}: {error}; {advice}") from error
+            raise OSError(f"{name} in {root}: {error}; delete it, run again online") from error
         parts = train.data, test.data, train.targets, test.targets
         if dataset != "mnist":
             classes = train.classes
@@ -542,10 +530,10 @@ def load_images(dataset, root, size):
 
 
 def load_task(args, device):
-    """The task that the settings name: (x_train, x_test, y_test, name of the normal class): the
-    images of that class in the training split and the whole test split, float32 in [-1, 1] on the
-    device; y = 1 for an anomaly. With args.val, a fixed tenth of the training split is held out and
-    evaluated instead. Raises ValueError for an unknown class, OSError for unusable data."""
+    """The task that the settings name: (x, x_test, y_test, name of the normal class): its images in
+    the training split and the whole test split, float32 in [-1, 1] on the device; y = 1 for an
+    anomaly. With args.val, a fixed tenth of the training split takes the place of the test split.
+    Raises ValueError for an unknown class, OSError for unusable data."""
     x, c, x_test, c_test, classes = load_images(args.dataset, Path(args.data), args.size)
     names = classes + [str(i) for i in range(len(classes))]
     if args.normal not in names:
@@ -562,8 +550,7 @@ def load_task(args, device):
 
 # ---------------------------------------------------------------------------------------------- run
 def run(args):
-    """The whole method on the task that the settings name: train, evaluate, print, write. Returns
-    the content of result.json, which goes to a folder of this task in args.out, with the nets."""
+    """Train, evaluate, print, and write to a folder in args.out. Returns what result.json has."""
     began = time.perf_counter()
     x, x_test, y_test, name = load_task(args, args.device)
     folder = make_folder(args, name)
@@ -581,42 +568,39 @@ def run(args):
     result = {"normal": name, "auroc": plain, "auroc_whitened": whitened, "curve": curve}
 
     def evaluate(stage, gan):
-        """Note a GAN's AUROCs after a stage, and return them: auroc()'s."""
-        plain[stage], whitened[stage] = found = auroc(gan, x, x_test, y_test)
-        return found
+        """Note a GAN's AUROCs after a stage or an epoch of it."""
+        plain[stage], whitened[stage] = auroc(gan, x, x_test, y_test)
 
     def watch(stage, gan, images_per_second):
         """Note an epoch's speed and, with --curve, the AUROCs."""
         speed[stage] = images_per_second
         if args.curve:
-            curve.setdefault(stage, []).append(evaluate(stage, gan))
+            evaluate(stage, gan)
+            curve.setdefault(stage, []).append([plain[stage], whitened[stage]])
             gan.train()
 
     teacher, student = fresh(args.teacher_width), fresh(args.student_width)
     alone = fresh(args.student_width)
     both = args.epochs1 + args.epochs2
-    how = {"x": x, "args": args, "watch": watch}
-
+    kw = {"x": x, "args": args, "watch": watch}
     if args.teacher:
         path = Path(args.teacher)
         trained, _ = load_gan(path / folder.name / "teacher.pt" if path.is_dir() else path)
         teacher.load_state_dict(trained.state_dict())
     else:
-        train_gan(teacher, epochs=args.epochs, lr=args.lr_teacher, stage="teacher", **how)
+        train_gan(teacher, epochs=args.epochs, lr=args.lr_teacher, stage="teacher", **kw)
     evaluate("teacher", teacher)
-    train_gan(alone, epochs=both, lr=args.lr_student, stage="student_alone", **how)
+    train_gan(alone, epochs=both, lr=args.lr_student, stage="student_alone", **kw)
     evaluate("student_alone", alone)
-    distill(teacher, student, epochs=args.epochs1, joint=False, stage="step1", **how)
+    distill(teacher, student, epochs=args.epochs1, joint=False, stage="step1", **kw)
     evaluate("step1", student)
-    partner = copy.deepcopy(teacher)  # step 2 changes it, and teacher.pt can start other runs
-    how2 = how | {"rate": args.lr_step2}
-    distill(partner, student, epochs=args.epochs2, joint=True, stage="step2", **how2)
+    peer = copy.deepcopy(teacher)  # step 2 trains it on; teacher.pt can start other runs
+    distill(peer, student, epochs=args.epochs2, joint=True, rate=args.lr_step2, stage="step2", **kw)
     evaluate("step2", student)
-    evaluate("teacher_step2", partner)
-
+    evaluate("teacher_step2", peer)
     if args.ablation:
         rival_t, rival_s = fresh(args.teacher_width), fresh(args.student_width)
-        distill(rival_t, rival_s, epochs=both, joint=True, stage="joint_only", **how)
+        distill(rival_t, rival_s, epochs=both, joint=True, stage="joint_only", **kw)
         evaluate("joint_only", rival_s)
 
     result |= {"images_per_second": speed, "seconds": time.perf_counter() - began}
@@ -630,8 +614,9 @@ def run(args):
 def make_folder(args, name):
     """The folder for the results of a task, whose normal class has this name."""
     dataset = Path(args.data).resolve().name if args.dataset == "folder" else args.dataset
-    task = f"{dataset}-{name}-seed{args.seed}{'-val' * args.val}".replace("/", "-")
-    folder = Path(args.out, task)
+    folder = Path(
+        args.out, f"{dataset}-{name}-seed{args.seed}{'-val' * args.val}".replace("/", "-")
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # rather fail now than after the training
     return folder
@@ -645,7 +630,7 @@ def describe(args, teacher, student, x, x_test, y_test):
     found = {key: {"teacher": of_t[key], "student": of_s[key]} for key in of_t}
     median = x.median(0).values.expand_as(normal)
     found["l1"]["median_image"] = contextual_loss(normal, median).item()
-    found |= {"baselines": {"pca": pca_auroc(x, x_test, y_test)}}
+    found["baselines"] = {"pca": pca_auroc(x, x_test, y_test)}
     found |= {"images": {"train": len(x), "test": len(x_test), "normal": len(normal)}}
     found |= {"ratio": of_t["flops"] / of_s["flops"], "dataset": args.dataset, "seed": args.seed}
     found |= {"settings": vars(args), "split": "validation" if args.val else "test"}
@@ -670,10 +655,10 @@ def print_tables(result):
 
 
 def save(folder, result, teacher, student, x, x_held, x_test, y_test):
-    """Write the nets, with the whitening of training images x, samples.png, result.json and the
-    exported student."""
+    """Write the nets, with the whitening of training images x, the pictures and the result."""
     with tempfile.TemporaryDirectory(dir=folder) as part:  # files appear whole or not at all
         part = Path(part)
+        (part / "result.json").write_text(json.dumps(result, indent=1))
         for name, gan in ("teacher.pt", teacher), ("student.pt", student):
             if result["settings"]["whiten"]:
                 gan.mean, gan.white = whitening(gan, x)
@@ -685,10 +670,9 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
         some = torch.cat([x_test[y_test == 0][:8], x_test[y_test == 1][:8]])
         rows = torch.cat([some, teacher.g(some).x_hat, student.g(some).x_hat])
         torchvision.utils.save_image(rows / 2 + 0.5, part / "samples.png", nrow=16)
-        (part / "result.json").write_text(json.dumps(result, indent=1))
         for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
             file.replace(folder / file.name)
-        # The export comes last: where this torch fails at it, nothing else is lost
+        # the export comes last: where this torch fails at it, nothing else is lost
         batch = {0: torch.export.Dim("batch", max=2**20)}
         student.requires_grad_(False).d = None  # scoring takes the generator
         exported = torch.export.export(student, (x_test[:2].clone(),), dynamic_shapes=(batch,))
@@ -717,11 +701,11 @@ def load_gan(path):
 
 def score_files(args):
     """Print a line for each image file, in folders too: path, score, p-value, and "anomaly" if
-    p <= args.alpha. One that cannot be read gets a line on stderr; then, OSError at the end."""
+    p <= args.alpha. One that cannot be read is named on stderr; then, OSError at the end."""
     gan, calibration = load_gan(args.score[0])
     size, channels, *_ = gan.to(args.device).form
     if channels == 1:
-        note("this student is for grey images: colour is dropped")
+        note("this student sees in grey: colour is dropped")
     if 1 / (len(calibration) + 1) > args.alpha:  # the smallest p-value that there is
         note(f"no anomaly can show: only {len(calibration)} images were held out (--holdout)")
     files = []

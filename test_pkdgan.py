@@ -326,19 +326,6 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_flips_mirror_half_of_the_images():
-    x, seen = images(200), []
-    for batch, _, log in pk.batches({gan(1): 1.0}, x, settings(flip=True), 1, "", unwatched):
-        seen += batch
-        log.append(torch.zeros(2))
-    as_is = {image.numpy().tobytes() for image in x}
-    mirrored = {image.contiguous().numpy().tobytes() for image in x.flip(-1)}
-    here = [image.contiguous().numpy().tobytes() for image in seen]
-    kinds = [(image in as_is) - (image in mirrored) for image in here]
-    assert set(kinds) == {1, -1} and 60 < kinds.count(-1) < 140
-
-
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_few_images_make_longer_epochs():
     assert pk.parse(["--dataset", "folder"]).epoch_images == 4000
     x, seen = images(3), []
@@ -894,7 +881,6 @@ def test_disk_full_leaves_no_half_written_file(tmp_path):
     full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
     done = command(*TINY, cwd=tmp_path, **full)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "File too large" in done.stderr
     assert re.search(r"step2 +\d", done.stdout)  # the figures are not lost
     assert files_in(tmp_path / "runs") == []
 
@@ -1024,7 +1010,7 @@ def test_scores_of_a_thousand_images_and_a_broken_one(trained, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert pk.main(["--score", student, "in", alone, "--alpha", "0.1"]) == 1
     out, err = capsys.readouterr()
-    assert [line.partition(" cannot")[0] for line in err.splitlines()] == [
+    assert [line.partition(" cannot")[0] for line in err.splitlines()[1:]] == [
         "pkdgan.py: in/0500.png",
         "pkdgan.py: 1000 of 1001 images could be scored",
     ]
@@ -1068,7 +1054,8 @@ def test_score_adapts_images_as_training_does(channels, mode, tmp_path, capsys):
     assert pk.main(["--score", student, str(tmp_path / "a.png")]) == 0
     out, err = capsys.readouterr()
     expected = pk.score(net, torch.full((1, channels, 16, 16), 200 / 127.5 - 1)).item()
-    assert float(scored(out)[0][1]) == pytest.approx(expected, rel=1e-4) and err == ""
+    assert float(scored(out)[0][1]) == pytest.approx(expected, rel=1e-4)
+    assert ("colour" in err) == (channels == 1)
 
 
 def test_colour_that_a_grey_student_drops_is_mentioned_once(tmp_path, capsys):
@@ -1154,21 +1141,19 @@ assert "pkdgan" not in sys.modules
         assert torch.allclose(scores, expected[: len(scores)], rtol=1e-5, atol=1e-5)
 
 
-def test_samples_show_the_hard_ones(trained):
+def test_samples_show_the_first_of_either_kind(trained):
     folder, _, x_test, y_test = trained
     student, teacher = (pk.load_gan(folder / file)[0] for file in ("student.pt", "teacher.pt"))
-    scores = pk.score(student, x_test)
     picture = TF.pil_to_tensor(Image.open(folder / "samples.png"))[0] / 127.5 - 1
 
     def shown(row, column):
         top, left = 2 + row * 18, 2 + column * 18
         return picture[top : top + 16, left : left + 16]
 
-    anomalies, normal = ([i for i in scores.argsort() if y_test[i] == kind] for kind in (1, 0))
-    for column, i in ((0, anomalies[0]), (7, anomalies[7]), (8, normal[-8]), (15, normal[-1])):
-        x = x_test[i][None]
-        for row, expected in enumerate((x, teacher.g(x).x_hat, student.g(x).x_hat)):
-            assert torch.allclose(shown(row, column), expected[0, 0], atol=0.02)
+    normal, anomalies = (x_test[y_test == kind] for kind in (0, 1))
+    for column, x in ((0, normal[0]), (7, normal[7]), (8, anomalies[0]), (15, anomalies[7])):
+        for row, expected in enumerate((x, teacher.g(x[None]).x_hat, student.g(x[None]).x_hat)):
+            assert torch.allclose(shown(row, column), expected.squeeze(), atol=0.02)
 
 
 # ------------------------------------------------------------------------------------- run_all.sh
@@ -1376,7 +1361,7 @@ def test_readme_names_what_there_is():
     losses = {name for name in vars(pk) if name.endswith("_loss")}
     assert losses <= named and len(losses) == 7
     known = {"--" + name.replace("_", "-") for name in vars(SETTINGS)} | {"--array", "--help"}
-    shell = {"--no-flip", "--no-whiten", "--upgrade"}
+    shell = {"--no-whiten", "--upgrade"}
     assert set(re.findall(r"(?<=[ `])--[a-z][a-z0-9-]+", readme)) <= known | shell
 
 
@@ -1384,7 +1369,7 @@ def test_help_names_every_flag(capsys):
     assert exit_code("--help") == 0
     text = capsys.readouterr().out
     assert all("--" + name.replace("_", "-") in text for name in pk.SETTINGS)
-    assert "--no-flip" in text and "SETTINGS" in text
+    assert "--no-whiten" in text and "SETTINGS" in text
 
 
 def test_everything_public_has_a_docstring():
