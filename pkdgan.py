@@ -55,7 +55,7 @@ from torchvision.transforms import functional as TF
 VERSION = 4  # of the method and the files: raised when a change makes earlier results incomparable
 
 # ----------------------------------------------------------------------------------------- settings
-SETTINGS = {  # each is a flag; PER_DATASET below overrides some, for digits, the default, too
+SETTINGS = {  # each is a flag; PER_DATASET overrides these, for digits, the default, too
     "dataset": "digits",  # digits, mnist, fmnist, cifar10 or folder
     "normal": "0",  # the normal class, by index or name
     "data": "data",  # where data sets are or go to; for folder, what has train/ and test/
@@ -63,9 +63,9 @@ SETTINGS = {  # each is a flag; PER_DATASET below overrides some, for digits, th
     "seed": 0,  # random seed of weights and batch order; the split is fixed
     "device": "cuda" if torch.cuda.is_available() else "cpu",  # or cuda:1, mps
     "val": False,  # evaluate on held-out training images instead of the test split
-    "teacher": "",  # its teacher.pt, of equal --holdout, or the --out it is in: train none
+    "teacher": "",  # a teacher.pt of this task and --holdout, or the --out it is in; "": train one
     "curve": False,  # evaluate after every epoch, too (counted in the images per second)
-    "whiten": True,  # what is saved scores by the whitened z - z_hat; --no-whiten: plain [paper]
+    "whiten": True,  # saved nets score by the whitened z - z_hat; --no-whiten: the plain [paper]
     "holdout": 0.0,  # share of the normal training images to hold out for p-values
     "alpha": 0.05,  # share of false alarms that --score accepts
     "ablation": False,  # also train both jointly from random weights, the single-step rival
@@ -77,8 +77,8 @@ SETTINGS = {  # each is a flag; PER_DATASET below overrides some, for digits, th
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
     "epochs1": 8,  # of step 1
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
-    "epoch_images": 1,  # a smaller set is repeated until an epoch has about this many images
-    "lr_teacher": 2.5e-4,  # the teacher's learning rate at width 128; parse() fits it to others
+    "epoch_images": 1,  # a smaller set is shown as often in an epoch as this number allows
+    "lr_teacher": 0.032,  # the teacher's learning rate times its width: 2.5e-4 at 128, 1e-3 at 32
     "lr_student": 2e-3,  # the student's learning rate
     "lr_step2": 0.2,  # both learning rates in step 2, as a share of the above
     "w_adv": 1.0,  # weight of a GAN's adversarial loss
@@ -113,7 +113,6 @@ def parse(argv=None):
     parser.set_defaults(**PER_DATASET[parser.parse_args(argv).dataset])
     args = parser.parse_args(argv)
     args.student_width = args.student_width or max(1, args.teacher_width // 10)
-    args.lr_teacher *= 128 / args.teacher_width
     return args
 
 
@@ -121,7 +120,7 @@ def parse(argv=None):
 # nn.GroupNorm(c, c) normalises each channel of each image by itself: instance normalisation
 # (Ulyanov et al. 2016) [ours]. The authors had their best results at batch size 1 (arXiv
 # 2109.07295), where batch normalisation in training would compute just this. There are no running
-# statistics, and an image's score cannot depend on its batch.
+# statistics: training mode is evaluation mode, and no score depends on a batch.
 
 
 class Blocks(nn.Sequential):
@@ -190,7 +189,7 @@ class Generator(nn.Module):
 
     def __init__(self, *form):
         super().__init__()
-        self.radius = form[-1] ** 0.5
+        self.radius = form[-1] ** 0.5  # form: size, channels, width, z_dim
         self.encode = encoder(*form)
         self.decode = decoder(*form)
         self.encode_again = encoder(*form)
@@ -211,11 +210,11 @@ class GAN(nn.Module):
 
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
-        self.form = size, channels, width, z_dim  # GAN(*form) is another one like this
+        self.form = size, channels, width, z_dim  # GAN(*gan.form) is another one like gan
         self.g = Generator(*self.form)
         self.d = encoder(size, channels, width, 1)  # to the logit, high for real
-        self.register_buffer("mean", torch.zeros(z_dim))  # so the score is plain, until
-        self.register_buffer("white", torch.eye(z_dim))  # these are those of whitening()
+        self.register_buffer("mean", torch.zeros(z_dim))  # these two leave the score plain,
+        self.register_buffer("white", torch.eye(z_dim))  # until save() puts whitening() here
 
     def residual(self, x):
         """r = z - z_hat (B, z_dim) of images x (B, C, size, size) in [-1, 1]."""
@@ -289,33 +288,34 @@ def adversarial_distillation_loss(f_t, f_s):
 
 # ----------------------------------------------------------------------------------------- training
 def train_gan(gan, x, args, *, epochs, lr, stage, watch):
-    """Train a GAN by itself on images x (N, C, size, size). After each epoch calls watch(stage,
-    gan, images per second). Raises FloatingPointError if a loss is not finite."""
-    gan.train()
-    for x_real, opt, log in batches({gan: lr}, x, args, epochs, stage, watch):
-        out = amp(gan.g, x_real)
-        loss_d, loss_g = gan_losses(gan, x_real, out, args)
-        log.append(update(loss_d, loss_g, [gan], opt))
+    """Train a GAN by itself on images x (N, C, size, size). Calls watch and raises as fit()."""
+
+    def losses(x_real):
+        return gan_losses(gan, x_real, gan.g(x_real), args)
+
+    fit({gan: lr}, losses, x, args, epochs, stage, watch)
 
 
 def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0):
     """Train a student from a teacher on images x (N, C, size, size). Step 1: the teacher is frozen,
     the student learns from distillation losses alone. Step 2, joint: the student has its own GAN's
     losses besides; the teacher trains on by its own. rate: share of the learning rates in args.
-    Calls and raises as train_gan."""
-    student.train()
-    teacher.train(joint).requires_grad_(joint)  # frozen: no gradient reaches it
+    Calls watch and raises as fit()."""
+    teacher.requires_grad_(joint)  # frozen in step 1: no gradient reaches it
     rates = {student: rate * args.lr_student}
     if joint:
-        rates[teacher] = rate * args.lr_teacher
-    for x_real, opt, log in batches(rates, x, args, epochs, stage, watch):
-        out_t, out_s = amp(teacher.g, x_real), amp(student.g, x_real)
+        rates[teacher] = rate * args.lr_teacher / args.teacher_width
+
+    def losses(x_real):
+        out_t, out_s = teacher.g(x_real), student.g(x_real)
         loss_d, loss_g = distillation_losses(student, out_t, out_s, args)
         if joint:
             for gan, out in (student, out_s), (teacher, out_t):
                 own_d, own_g = gan_losses(gan, x_real, out, args)
                 loss_d, loss_g = loss_d + own_d, loss_g + own_g
-        log.append(update(loss_d, loss_g, list(rates), opt))
+        return loss_d, loss_g
+
+    fit(rates, losses, x, args, epochs, stage, watch)
 
 
 def gan_losses(gan, x, out, args):
@@ -350,48 +350,53 @@ def distillation_losses(student, out_t, out_s, args):
 
 
 def judge(d, x):
-    """(D(x) (B, 1), f(x) (B, channels, 4, 4)): logits, and the output of the last block."""
-    logit, hidden = amp(d, x)
+    """(D(x) (B, 1), f(x) (B, channels, 4, 4)): logits, and what goes into the head of D."""
+    logit, hidden = d(x)
     return logit, hidden[-1].float()
 
 
-def batches(rates, x, args, epochs, stage, watch):
-    """Yield (x_real (B, C, size, size), optimizer, log) for each update of a stage; the caller
-    appends the tensor [L_D, L_G] to the log, of which each epoch prints the mean. rates: {GAN:
-    highest learning rate}, the GAN to watch first; they rise, then fall as a cosine to zero (Smith
-    and Topin 2018) [ours]. The order of the images comes from seed and epoch alone."""
+def fit(rates, losses, x, args, epochs, stage, watch):
+    """Train the GANs of rates, {GAN: highest learning rate}, on images x (N, C, size, size) by
+    losses(x_real (B, C, size, size)) -> (loss for their discriminators, loss for their generators).
+    The rates rise, then fall as a cosine to zero (Smith and Topin 2018) [ours]. The order of the
+    images comes from seed and epoch alone. After each epoch calls watch(stage, first GAN, images
+    per second). Raises FloatingPointError if a loss is not finite."""
     n = len(x) * max(1, args.epoch_images // len(x))  # a small set is shown several times an epoch
-    updates = epochs * math.ceil(n / args.batch)
+    updates = max(1, epochs * math.ceil(n / args.batch))
     groups = [{"params": gan.parameters()} for gan in rates]
     opt = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)  # betas: DCGAN's
     rise = {"pct_start": 0.15, "cycle_momentum": False}
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, list(rates.values()), updates, **rise)
+    # convolutions in bfloat16 where that is native; without a cache, gradients add up in float32
+    kind = x.device.type
+    amp = torch.autocast(kind, torch.bfloat16, native_bf16(kind), cache_enabled=False)
     start = time.perf_counter()
     for epoch in range(1, epochs + 1):
         rng = torch.Generator().manual_seed(10_000 * args.seed + epoch)
         log = []
         for index in torch.randperm(n, generator=rng).to(x.device).split(args.batch):
-            yield x[index % len(x)], opt, log
+            with amp:
+                loss_d, loss_g = losses(x[index % len(x)])
+            update(loss_d, loss_g, list(rates), opt)
             schedule.step()
+            log.append(torch.stack([loss_d, loss_g]).detach())
         loss_d, loss_g = torch.stack(log).mean(0).tolist()  # only now: reading waits for the device
-        losses = f"{stage} {epoch}/{epochs}: loss_D {loss_d:.3f} loss_G {loss_g:.3f}"
+        message = f"{stage} {epoch}/{epochs}: loss_D {loss_d:.3f} loss_G {loss_g:.3f}"
         if not math.isfinite(loss_d + loss_g):
-            raise FloatingPointError(f"{losses}; lower the learning rates")
+            raise FloatingPointError(f"{message}; lower the learning rates")
         seconds = (time.perf_counter() - start) / epoch
         left = f"{seconds * (epochs - epoch):.0f} s left"
-        print(f"{losses} | {n / seconds:.0f} images/s, {left}", flush=True)
+        print(f"{message} | {n / seconds:.0f} images/s, {left}", flush=True)
         watch(stage, next(iter(rates)), n / seconds)
 
 
 def update(loss_d, loss_g, gans, opt):
     """One step: the discriminators of these GANs descend loss_d, their generators loss_g. Both
-    gradients are taken before either moves (as GANomaly's are), so that no pass is made twice.
-    Returns the losses (2,), detached."""
+    gradients are taken before either moves (as GANomaly's are), so that no pass is made twice."""
     opt.zero_grad()
     loss_d.backward(inputs=[p for gan in gans for p in gan.d.parameters()], retain_graph=True)
     loss_g.backward(inputs=[p for gan in gans for p in gan.g.parameters()])
     opt.step()
-    return torch.stack([loss_d, loss_g]).detach()
 
 
 def native_bf16(device_type):
@@ -400,13 +405,6 @@ def native_bf16(device_type):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = getattr(torch.cpu, "get_capabilities", dict)() if device_type == "cpu" else {}
     return any(has for name, has in able.items() if "bf16" in name)
-
-
-def amp(net, x):
-    """net(x) for training, convolutions in bfloat16 where that is native; hidden maps stay so."""
-    kind = x.device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=native_bf16(kind)):
-        return net(x)
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -422,14 +420,14 @@ def in_parts(f, x):
 
 def score(gan, x):
     """Anomaly scores (N,) of images x (N, C, size, size) in [-1, 1], each independent of the other
-    images, by a GAN, which is put into eval mode."""
-    return in_parts(gan.eval(), x)
+    images."""
+    return in_parts(gan, x)
 
 
 def whitening(gan, x):
     """(m (z_dim,), W (z_dim, z_dim)) of the residuals r of training images x: their mean, and a
     root of their inverse covariance, W W' = C^-1. C is shrunk (Ledoit and Wolf 2004)."""
-    r = in_parts(gan.eval().residual, x)
+    r = in_parts(gan.residual, x)
     fit = covariance.LedoitWolf().fit(r.cpu())
     white = torch.linalg.cholesky(torch.tensor(fit.precision_))
     return torch.tensor(fit.location_).to(r), white.to(r).contiguous()
@@ -538,7 +536,7 @@ def load_task(args, device):
     names = classes + [str(i) for i in range(len(classes))]
     if args.normal not in names:
         raise ValueError(f"--normal {args.normal}: the classes are {', '.join(classes)}")
-    normal = names.index(args.normal) % len(classes)
+    normal = names.index(args.normal) % len(classes)  # by name or index
     if args.val:
         x, x_test, c, c_test = model_selection.train_test_split(x, c, test_size=0.1, random_state=0)
     y_test = (c_test != normal).long()
@@ -577,7 +575,6 @@ def run(args):
         if args.curve:
             evaluate(stage, gan)
             curve.setdefault(stage, []).append([plain[stage], whitened[stage]])
-            gan.train()
 
     teacher, student = fresh(args.teacher_width), fresh(args.student_width)
     alone = fresh(args.student_width)
@@ -586,9 +583,11 @@ def run(args):
     if args.teacher:
         path = Path(args.teacher)
         trained, _ = load_gan(path / folder.name / "teacher.pt" if path.is_dir() else path)
-        teacher.load_state_dict(trained.state_dict())
+        teacher.g.load_state_dict(trained.g.state_dict())
+        teacher.d.load_state_dict(trained.d.state_dict())
     else:
-        train_gan(teacher, epochs=args.epochs, lr=args.lr_teacher, stage="teacher", **kw)
+        lr = args.lr_teacher / args.teacher_width
+        train_gan(teacher, epochs=args.epochs, lr=lr, stage="teacher", **kw)
     evaluate("teacher", teacher)
     train_gan(alone, epochs=both, lr=args.lr_student, stage="student_alone", **kw)
     evaluate("student_alone", alone)
@@ -602,7 +601,6 @@ def run(args):
         rival_t, rival_s = fresh(args.teacher_width), fresh(args.student_width)
         distill(rival_t, rival_s, epochs=both, joint=True, stage="joint_only", **kw)
         evaluate("joint_only", rival_s)
-
     result |= {"images_per_second": speed, "seconds": time.perf_counter() - began}
     result |= describe(args, teacher, student, x, x_test, y_test)
     print_tables(result)
@@ -672,9 +670,10 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
         torchvision.utils.save_image(rows / 2 + 0.5, part / "samples.png", nrow=16)
         for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
             file.replace(folder / file.name)
-        # the export comes last: where this torch fails at it, nothing else is lost
+        # the export comes last: where this torch fails at it, no other file is lost
         batch = {0: torch.export.Dim("batch", max=2**20)}
-        student.requires_grad_(False).d = None  # scoring takes the generator
+        student.requires_grad_(False)
+        del student.d  # scoring takes the generator alone
         exported = torch.export.export(student, (x_test[:2].clone(),), dynamic_shapes=(batch,))
         torch.export.save(exported, part / "student.pt2")
         (part / "student.pt2").replace(folder / "student.pt2")
@@ -688,7 +687,7 @@ def load_gan(path):
     try:
         damaged = zipfile.ZipFile(path).testzip()
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        gan, calibration = GAN(*saved["form"]).eval(), saved["calibration"]
+        gan, calibration = GAN(*saved["form"]), saved["calibration"]
         gan.load_state_dict(saved["weights"])
         numbers = torch.cat([calibration, *map(torch.flatten, gan.state_dict().values())])
         if damaged or saved["version"] != VERSION or not numbers.isfinite().all():

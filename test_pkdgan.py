@@ -162,10 +162,17 @@ def test_norm_is_that_of_a_batch_of_one():
         assert torch.allclose(norm(x), torch.cat(alone), atol=1e-5)
 
 
-def test_training_passes_return_float32():
-    net, x = gan(), images(2)
-    out = pk.amp(net.g, x)
-    given = (out.z, out.x_hat, out.z_hat, *pk.judge(net.d, x))
+def test_training_computes_convolutions_alone_in_bfloat16():
+    net, x, seen = gan(), images(2), []
+
+    def losses(x_real):
+        seen.append(net.g(x_real))
+        return pk.gan_losses(net, x_real, seen[-1], SETTINGS)
+
+    pk.fit({net: 1e-3}, losses, x, SETTINGS, 1, "test", unwatched)
+    out = seen[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        given = (out.z, out.x_hat, out.z_hat, *pk.judge(net.d, x))
     assert {t.dtype for t in given} == {torch.float32}
     bf16 = pk.native_bf16("cpu")
     assert out.hidden[0].dtype == (torch.bfloat16 if bf16 else torch.float32)
@@ -237,8 +244,7 @@ def test_update_is_of_both_gradients_before_either_moves():
         grads = torch.autograd.grad(loss, list(part.parameters()), retain_graph=True)
         for (key, p), grad in zip(part.named_parameters(), grads, strict=True):
             expected[f"{name}.{key}"] = (p - 0.1 * grad).detach()
-    losses = pk.update(loss_d, loss_g, [net], opt)
-    assert losses.tolist() == [loss_d.item(), loss_g.item()] and not losses.requires_grad
+    pk.update(loss_d, loss_g, [net], opt)
     assert all(torch.allclose(p, expected[name]) for name, p in net.named_parameters())
 
 
@@ -250,7 +256,7 @@ def test_step_1_learns_from_the_teacher_alone():
         student = gan(2)
         distill(teacher, student, images(), False, w_adv=own, w_con=own, w_lat=own)
         ends.append(weights(student))
-    assert same(*ends) and same(before, weights(teacher)) and not teacher.training
+    assert same(*ends) and same(before, weights(teacher))
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
@@ -298,11 +304,26 @@ def test_students_discriminator_learns_to_tell_teachers_from_students(monkeypatc
     assert of_t.mean() > 0.5 > -0.5 > of_s.mean()
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # nothing is updated here
-def test_adam_has_dcgans_betas_and_a_rate_for_each_gan():
+def fitted(monkeypatch, rates, x, epochs=1, **changes):
+    """(images, learning rates, optimizer) at each update of fit(), which moves nothing here."""
+    seen, batches = [], []
+
+    def losses(x_real):
+        batches.append(x_real)
+        return torch.zeros(()), torch.zeros(())
+
+    def update(loss_d, loss_g, gans, opt):
+        seen.append((batches[-1], [group["lr"] for group in opt.param_groups], opt))
+        opt.step()
+
+    monkeypatch.setattr(pk, "update", update)
+    pk.fit(rates, losses, x, settings(**changes), epochs, "test", unwatched)
+    return seen
+
+
+def test_adam_has_dcgans_betas_and_a_rate_for_each_gan(monkeypatch):
     teacher, student = gan(4), gan(2)
-    rates = {teacher: 0.5, student: 0.25}
-    _, opt, _ = next(pk.batches(rates, images(), settings(batch=4), 1, "test", unwatched))
+    *_, (_, _, opt) = fitted(monkeypatch, {teacher: 0.5, student: 0.25}, images())
     groups = opt.param_groups
     assert [(group["max_lr"], group["betas"]) for group in groups] == [
         (0.5, (0.5, 0.999)),
@@ -312,36 +333,36 @@ def test_adam_has_dcgans_betas_and_a_rate_for_each_gan():
     assert len(held) == len(list(teacher.parameters())) + len(list(student.parameters()))
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # nothing is updated here
-def test_learning_rate_warms_up_and_falls_to_zero():
-    rates = []
-    for _, opt, log in pk.batches({gan(1): 1.0}, images(10), settings(batch=1), 4, "", unwatched):
-        rates.append(opt.param_groups[0]["lr"])
-        log.append(torch.zeros(2))
+def test_learning_rate_warms_up_and_falls_to_zero(monkeypatch):
+    seen = fitted(monkeypatch, {gan(1): 1.0}, images(10), epochs=4, batch=1)
+    rates = [rate for _, (rate,), _ in seen]
     assert len(rates) == 40 and rates[0] < 0.1 and rates[39] < 0.01
-    assert max(rates) == rates[5] == 1.0 and rates[22] == pytest.approx(
-        0.5, rel=1e-3
-    )  # a cosine's middle
+    assert max(rates) == rates[5] == 1.0
+    assert rates[22] == pytest.approx(0.5, rel=1e-3)  # the middle of a cosine
     assert rates[:6] == sorted(rates[:6]) and rates[5:] == sorted(rates[5:], reverse=True)
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_few_images_make_longer_epochs():
+def test_few_images_make_longer_epochs(monkeypatch):
     assert pk.parse(["--dataset", "folder"]).epoch_images == 4000
-    x, seen = images(3), []
-    s = settings(epoch_images=100, batch=64)
-    for batch, _, log in pk.batches({gan(1): 0.0}, x, s, 1, "", unwatched):
-        seen += batch
-        log.append(torch.zeros(2))
+    x = images(3)
+    seen = fitted(monkeypatch, {gan(1): 1.0}, x, epoch_images=100, batch=64)
+    seen = torch.cat([batch for batch, *_ in seen])
     counts = [sum(torch.equal(a, b) for b in seen) for a in x]
     assert counts == [33, 33, 33]
+
+
+def test_a_stage_of_no_epochs_changes_nothing():
+    net = gan()
+    before = weights(net)
+    train(net, images(), epochs=0)
+    assert same(before, weights(net))
 
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
     """A whole run on digits with --ablation: per stage the nets before and after, and what the
     stage saw."""
-    stages, batches = {}, pk.batches
+    stages, fit, update = {}, pk.fit, pk.update
 
     def trace(train):
         def traced_train(*gans, x, args, stage, **how):
@@ -352,17 +373,24 @@ def traced(tmp_path_factory):
 
         return traced_train
 
-    def traced_batches(rates, x, args, epochs, stage, *rest):
-        for batch, opt, log in batches(rates, x, args, epochs, stage, *rest):
-            stages[stage]["batches"].append(batch.clone())
-            stages[stage]["rates"].append([group["lr"] for group in opt.param_groups])
-            yield batch, opt, log
+    def traced_fit(rates, losses, x, args, epochs, stage, watch):
+        def traced_losses(x_real):
+            stages[stage]["batches"].append(x_real.clone())
+            return losses(x_real)
+
+        fit(rates, traced_losses, x, args, epochs, stage, watch)
+
+    def traced_update(loss_d, loss_g, gans, opt):
+        *_, latest = stages.values()
+        latest["rates"].append([group["lr"] for group in opt.param_groups])
+        update(loss_d, loss_g, gans, opt)
 
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pk, "train_gan", trace(pk.train_gan))
         patch.setattr(pk, "distill", trace(pk.distill))
-        patch.setattr(pk, "batches", traced_batches)
+        patch.setattr(pk, "fit", traced_fit)
+        patch.setattr(pk, "update", traced_update)
         result = pk.run(pk.parse([*TINY, "--normal", "3", "--ablation", "--out", str(out)]))
     return stages, result, out
 
@@ -411,8 +439,7 @@ def bytes_of(image):
 
 def test_learning_rates_of_the_stages(traced):
     s, stages = SETTINGS, traced[0]
-    teacher, student = s.lr_teacher, s.lr_student
-    assert teacher == pk.parse(["--teacher-width", "128"]).lr_teacher * 128 / s.teacher_width
+    teacher, student = s.lr_teacher / s.teacher_width, s.lr_student
     peaks = {name: torch.tensor(stage["rates"]).max(0).values for name, stage in stages.items()}
     shares = {"teacher": [teacher], "student_alone": [student], "step1": [student]}
     shares |= {"step2": [s.lr_step2 * student, s.lr_step2 * teacher]}
@@ -432,10 +459,10 @@ def whitened(net, x):
 def test_score_depends_on_the_image_alone(kind):
     x = images(300)
     net = whitened(gan(), x) if kind == "whitened" else gan()
-    net.train()
-    scores = pk.score(net, x)
+    scores = pk.score(net.train(), x)
+    assert torch.equal(scores, pk.score(net.eval(), x))  # there is nothing that the mode changes
     order = torch.randperm(300)
-    assert scores.std() > 0 and scores.dtype == torch.float32 and not net.training
+    assert scores.std() > 0 and scores.dtype == torch.float32
     assert torch.allclose(pk.score(net, x[order]), scores[order], rtol=1e-5)
     alone = torch.cat([pk.score(net, image[None]) for image in x[:20]])
     assert torch.allclose(alone, scores[:20], rtol=1e-5)
@@ -938,15 +965,15 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run on digits that holds images out: (its folder, the images trained on, x_test, y_test)."""
-    out, seen, batches = tmp_path_factory.mktemp("trained"), [], pk.batches
+    out, seen, fit = tmp_path_factory.mktemp("trained"), [], pk.fit
 
-    def spy(rates, x, *rest):
+    def spy(rates, losses, x, *rest):
         seen.append(x)
-        return batches(rates, x, *rest)
+        fit(rates, losses, x, *rest)
 
     s = pk.parse([*TINY, "--holdout", "0.4", "--out", str(out)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pk, "batches", spy)
+        patch.setattr(pk, "fit", spy)
         pk.run(s)
     _, x_test, y_test, _ = pk.load_task(s, "cpu")
     assert len(seen) == 4 and all(torch.equal(x, seen[0]) for x in seen)
