@@ -385,8 +385,8 @@ def fit(rates, losses, x, args, epochs, stage, watch):
         if not math.isfinite(loss_d + loss_g):
             raise FloatingPointError(f"{message}; lower the learning rates")
         seconds = (time.perf_counter() - start) / epoch
-        left = f"{seconds * (epochs - epoch):.0f} s left"
-        print(f"{message} | {n / seconds:.0f} images/s, {left}", flush=True)
+        message += f" | {n / seconds:.0f} images/s, {seconds * (epochs - epoch):.0f} s left"
+        print(message, flush=True)
         watch(stage, next(iter(rates)), n / seconds)
 
 
@@ -496,15 +496,13 @@ def load_folder(root, size):
     )
     x, x_test = (torch.stack([image for image, _ in split]) for split in (train, test))
     c_test = [train.class_to_idx.get(test.classes[k], -1) for k in test.targets]  # -1: not in train
-    if all((images == images[:, :1]).all() for images in (x, x_test)):
-        x, x_test = x[:, :1], x_test[:, :1]  # all are grey
     return x, torch.tensor(train.targets), x_test, torch.tensor(c_test), train.classes
 
 
 def load_images(dataset, root, size):
-    """All of a data set: (x, c, x_test, c_test, classes). x, x_test: uint8 (N, C, size, size), one
-    channel if all are grey, else three; c, c_test: int64 (N,), indices into `classes`, a list of
-    names, -1 for a class that is in test only. Raises OSError for what cannot be used."""
+    """All of a data set: (x, c, x_test, c_test, classes). x, x_test: uint8 (N, C, size, size), with
+    C = 3 for CIFAR-10 and folders, else 1; c, c_test: int64 (N,), indices into `classes`, a list,
+    -1 for a class that is in test only. Raises OSError for what cannot be used."""
     if dataset == "folder":
         return load_folder(root, size)
     classes = list("0123456789")
@@ -524,7 +522,8 @@ def load_images(dataset, root, size):
             classes = train.classes
     x, x_test, c, c_test = map(torch.as_tensor, parts)
     x, x_test = (t.reshape(*t.shape[:3], -1).permute(0, 3, 1, 2) for t in (x, x_test))
-    return TF.resize(x, [size, size]), c, TF.resize(x_test, [size, size]), c_test, classes
+    x, x_test = (TF.resize(t, [size, size]) for t in (x, x_test))
+    return x, c, x_test, c_test, classes
 
 
 def load_task(args, device):
@@ -720,7 +719,7 @@ def score_files(args):
             note(error)
             continue
         if channels == 1:
-            x = x.mean(1, keepdim=True).round()
+            x = x.mean(1, keepdim=True)
         value = score(gan, (x / 127.5 - 1).to(args.device)).cpu()
         p = p_values(value, calibration).item()
         name = str(file).translate({9: "\\t", 10: "\\n", 13: "\\r"})  # one line, four columns

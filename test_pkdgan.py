@@ -640,10 +640,10 @@ def load_folder(root, normal="good"):
     return pk.load_task(pk.parse(flags), "cpu")
 
 
-@pytest.mark.parametrize("mode, channels", [("L", 1), ("RGB", 3)])
-def test_image_folder_as_of_mvtec(mode, channels, tmp_path):
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_image_folder_as_of_mvtec(mode, tmp_path):
     x, x_test, y_test, name = load_folder(make_folder(tmp_path, mode))
-    assert name == "good" and x.shape == (3, channels, 16, 16)
+    assert name == "good" and x.shape == (3, 3, 16, 16)  # grey, too: a defect may have a colour
     assert y_test.tolist() == [0, 0, 0, 1, 1, 1]
     assert x[:, 0, 3, 3].tolist() == pytest.approx([i * 40 / 127.5 - 1 for i in range(3)])
     assert torch.equal(x_test[:3], x)  # the same pictures: both splits are read alike
@@ -653,14 +653,6 @@ def test_folder_classes_are_matched_by_name(tmp_path):
     make_folder(tmp_path, classes=("good", "bent"))  # "bent" sorts before "good" in test
     _, _, y_test, name = load_folder(tmp_path, normal="0")
     assert name == "good" and y_test.tolist() == [1, 1, 1, 0, 0, 0]
-
-
-def test_colour_in_a_test_image_is_not_thrown_away(tmp_path):
-    """A red defect as bright as the grey part around it."""
-    make_folder(tmp_path, "L")
-    Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "test" / "scratch" / "red.png")
-    x, x_test, *_ = load_folder(tmp_path)
-    assert x.shape[1] == 3 and x_test[-1, :, 3, 3].tolist() == [1, -1, -1]
 
 
 def test_a_photograph_is_turned_upright(tmp_path):
