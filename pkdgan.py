@@ -412,10 +412,7 @@ def native_bf16(device_type):
 def in_parts(f, x):
     """f(x) in float32, computed part by part, of images x (N, C, size, size) in [-1, 1]."""
     torch.backends.cudnn.allow_tf32 = False  # float32 on CUDA, too
-    onednn, *_ = torch.backends.mkldnn.set_flags(len(x) > 1)  # too much preparation for one image
-    results = torch.cat([f(part) for part in x.split(128)])  # 128 stay in a CPU's cache
-    torch.backends.mkldnn.set_flags(onednn)
-    return results
+    return torch.cat([f(part) for part in x.split(128)])  # 128 stay in a CPU's cache
 
 
 def score(gan, x):

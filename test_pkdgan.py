@@ -469,12 +469,6 @@ def test_score_depends_on_the_image_alone(kind):
     assert torch.allclose(pk.score(net, x[250:]), scores[250:], rtol=1e-5)
 
 
-def test_scoring_one_image_leaves_onednn_as_it_was():
-    before = torch._C._get_mkldnn_enabled()
-    pk.score(gan(), images(1))
-    assert torch._C._get_mkldnn_enabled() == before
-
-
 def test_plain_score_is_the_distance_of_the_codes():
     net, x = gan(), images(2)
     out = net.g(x)
