@@ -606,7 +606,7 @@ def run(args):
 
 
 def make_folder(args, name):
-    """The folder for the results of a task, whose normal class has this name."""
+    """The folder for the results of a task, given its normal class."""
     dataset = Path(args.data).resolve().name if args.dataset == "folder" else args.dataset
     folder = Path(
         args.out, f"{dataset}-{name}-seed{args.seed}{'-val' * args.val}".replace("/", "-")
@@ -624,13 +624,20 @@ def describe(args, teacher, student, x, x_test, y_test):
     found = {key: {"teacher": of_t[key], "student": of_s[key]} for key in of_t}
     median = x.median(0).values.expand_as(normal)
     found["l1"]["median_image"] = contextual_loss(normal, median).item()
-    found["baselines"] = {"pca": pca_auroc(x, x_test, y_test)}
-    found |= {"images": {"train": len(x), "test": len(x_test), "normal": len(normal)}}
-    found |= {"ratio": of_t["flops"] / of_s["flops"], "dataset": args.dataset, "seed": args.seed}
-    found |= {"settings": vars(args), "split": "validation" if args.val else "test"}
-    device, bf16 = f"{args.device}, {torch.get_num_threads()} threads", native_bf16(x.device.type)
-    versions = {module.__name__: module.__version__ for module in (torch, torchvision, sklearn)}
-    return found | {"version": VERSION, "versions": versions, "device": device, "bf16": bf16}
+    modules = torch, torchvision, sklearn
+    return found | {
+        "ratio": of_t["flops"] / of_s["flops"],
+        "baselines": {"pca": pca_auroc(x, x_test, y_test)},
+        "images": {"train": len(x), "test": len(x_test), "normal": len(normal)},
+        "dataset": args.dataset,
+        "seed": args.seed,
+        "settings": vars(args),
+        "split": "validation" if args.val else "test",
+        "version": VERSION,
+        "versions": {module.__name__: module.__version__ for module in modules},
+        "device": f"{args.device}, {torch.get_num_threads()} threads",
+        "bf16": native_bf16(x.device.type),
+    }
 
 
 def print_tables(result):
@@ -638,10 +645,11 @@ def print_tables(result):
     plain, whitened = result["auroc"], result["auroc_whitened"]
     print("\nAUROC in %          plain    gain    whitened    gain")
     for stage in plain:
-        gains = [values[stage] - values["student_alone"] for values in (plain, whitened)]
-        row = f"{stage.replace('_', ' '):18}{plain[stage]:7.2f}{gains[0]:+8.2f}"
-        print(f"{row}{whitened[stage]:12.2f}{gains[1]:+8.2f}")
-    print(f"{'PCA':18}{result['baselines']['pca']:7.2f}")
+        row = stage.replace("_", " ").ljust(13)
+        for values in plain, whitened:
+            row += f"{values[stage]:12.2f}{values[stage] - values['student_alone']:+8.2f}"
+        print(row)
+    print(f"PCA{result['baselines']['pca']:22.2f}")
     print("\ncost                   teacher     student   ratio")
     for key in ("params", "flops", "us_1", "us_256"):  # as cost() explains them
         teacher, student = result[key].values()
@@ -666,8 +674,8 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
         torchvision.utils.save_image(rows / 2 + 0.5, part / "samples.png", nrow=16)
         for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
             file.replace(folder / file.name)
-        # the export comes last: where this torch fails at it, no other file is lost
-        batch = {0: torch.export.Dim("batch", max=2**20)}
+        # the export comes last: if this torch fails at it, no other file is lost
+        batch = {0: torch.export.Dim.AUTO}
         student.requires_grad_(False)
         del student.d  # scoring takes the generator alone
         exported = torch.export.export(student, (x_test[:2].clone(),), dynamic_shapes=(batch,))
@@ -689,8 +697,7 @@ def load_gan(path):
         if damaged or saved["version"] != VERSION or not numbers.isfinite().all():
             raise ValueError("damaged, or of another version")
     except Exception as error:  # torch raises all sorts on what is foreign
-        reason = f"{type(error).__name__}: {str(error)[:80]}"
-        raise OSError(f"{path} is no whole student.pt or teacher.pt ({reason})") from error
+        raise OSError(f"{path}: no whole student.pt or teacher.pt ({error!r:.90})") from error
     return gan, calibration
 
 
@@ -701,7 +708,7 @@ def score_files(args):
     size, channels, *_ = gan.to(args.device).form
     if channels == 1:
         note("this student sees in grey: colour is dropped")
-    if 1 / (len(calibration) + 1) > args.alpha:  # the smallest p-value that there is
+    if len(calibration) < 1 / args.alpha - 1:
         note(f"no anomaly can show: only {len(calibration)} images were held out (--holdout)")
     files = []
     for path in map(Path, args.score[1:]):
@@ -719,9 +726,8 @@ def score_files(args):
             x = x.mean(1, keepdim=True)
         value = score(gan, (x / 127.5 - 1).to(args.device)).cpu()
         p = p_values(value, calibration).item()
-        name = str(file).translate({9: "\\t", 10: "\\n", 13: "\\r"})  # one line, four columns
-        verdict = "anomaly" if p <= args.alpha else "-"
-        print(f"{name}\t{value.item():.5g}\t{p:.4g}\t{verdict}", flush=True)
+        verdict = "anomaly" if p <= args.alpha else "-"  # and no tab or newline in a name:
+        print(f"{repr(str(file))[1:-1]}\t{value.item():.5g}\t{p:.4g}\t{verdict}", flush=True)
         scored += 1
     if not files or scored < len(files):
         raise OSError(f"{scored} of {len(files)} images could be scored")
