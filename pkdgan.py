@@ -617,8 +617,7 @@ def make_folder(args, name):
 
 
 def describe(args, teacher, student, x, x_test, y_test):
-    """What a result says beside the stages: cost() of teacher and student on the normal test
-    images, what simpler means reach, and where it comes from."""
+    """What a result says beside AUROCs: cost() on the normal test images, baselines, origin."""
     normal = x_test[y_test == 0]
     of_t, of_s = cost(teacher, normal), cost(student, normal)
     found = {key: {"teacher": of_t[key], "student": of_s[key]} for key in of_t}
@@ -697,7 +696,7 @@ def load_gan(path):
         if damaged or saved["version"] != VERSION or not numbers.isfinite().all():
             raise ValueError("damaged, or of another version")
     except Exception as error:  # torch raises all sorts on what is foreign
-        raise OSError(f"{path}: no whole student.pt or teacher.pt ({error!r:.90})") from error
+        raise OSError(f"{path} is no whole student.pt or teacher.pt ({error!r:.80})") from error
     return gan, calibration
 
 

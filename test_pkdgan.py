@@ -778,7 +778,10 @@ def test_students_of_a_teacher_that_is_there(traced, tmp_path, monkeypatch, caps
     capsys.readouterr()
     assert exit_code(*flags, "--teacher", str(tmp_path / "none")) == 1
     assert "none is no whole" in capsys.readouterr().err
-    assert exit_code(*flags, "--teacher", str(out), "--z-dim", "7") != 0
+    assert exit_code(*flags, "--teacher", str(out), "--z-dim", "7") == 1
+    pk.run(pk.parse([*flags, "--teacher", str(out), "--no-whiten"]))
+    net, _ = pk.load_gan(tmp_path / "digits-3-seed0" / "teacher.pt")
+    assert not net.mean.any()  # that of the file was whitened
 
 
 def test_no_whiten_leaves_the_papers_plain_score(tmp_path):
@@ -837,7 +840,7 @@ BAD_INPUT = [  # exit code, words of the message, flags
     (1, ["bad image/train/good/1.png"], [*FOLDER, "bad image"]),
     (1, ["bad truncated/train/good/1.png"], [*FOLDER, "bad truncated"]),
     (1, ["bad 16 bits/train/good/1.png", "8 bits"], [*FOLDER, "bad 16 bits"]),
-    (1, ["teacher 1/20", "nan", "learning rates"], ["--lr-teacher", "1e9"]),
+    (1, ["teacher 1/20", "nan", "learning rates"], ["--lr-teacher", "1e25"]),
     (1, ["Not a directory", "a file"], ["--out", "a file"]),
     (1, ["/proc"], ["--out", "/proc"]),
     (2, ["test_size"], ["--holdout", "1"]),
