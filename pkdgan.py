@@ -102,7 +102,7 @@ PER_DATASET = {  # ratios at least the paper's: CIFAR-10 24.45, MNIST 311.11, Fa
 def parse(argv=None):
     """Settings (a namespace) from a command line, sys.argv by default. Exits with code 2."""
     about = "What they mean and their defaults: SETTINGS, at the top of pkdgan.py."
-    parser = argparse.ArgumentParser("pkdgan.py", argparse.SUPPRESS, about, allow_abbrev=False)
+    parser = argparse.ArgumentParser("pkdgan.py", argparse.SUPPRESS, about)
     parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
     choices = {"dataset": PER_DATASET, "size": (16, 32, 64, 128, 256, 512)}
     for name, default in SETTINGS.items():
@@ -308,12 +308,11 @@ def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0)
 
     def losses(x_real):
         out_t, out_s = teacher.g(x_real), student.g(x_real)
-        loss_d, loss_g = distillation_losses(student, out_t, out_s, args)
+        terms = [distillation_losses(student, out_t, out_s, args)]
         if joint:
-            for gan, out in (student, out_s), (teacher, out_t):
-                own_d, own_g = gan_losses(gan, x_real, out, args)
-                loss_d, loss_g = loss_d + own_d, loss_g + own_g
-        return loss_d, loss_g
+            terms.append(gan_losses(student, x_real, out_s, args))
+            terms.append(gan_losses(teacher, x_real, out_t, args))
+        return map(sum, zip(*terms))  # those for D, those for G
 
     fit(rates, losses, x, args, epochs, stage, watch)
 
@@ -364,6 +363,7 @@ def fit(rates, losses, x, args, epochs, stage, watch):
     n = len(x) * max(1, args.epoch_images // len(x))  # a small set is shown several times an epoch
     updates = max(1, epochs * math.ceil(n / args.batch))
     groups = [{"params": gan.parameters()} for gan in rates]
+    d, g = ([p for gan in rates for p in getattr(gan, net).parameters()] for net in "dg")
     opt = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)  # betas: DCGAN's
     rise = {"pct_start": 0.15, "cycle_momentum": False}
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, list(rates.values()), updates, **rise)
@@ -372,12 +372,17 @@ def fit(rates, losses, x, args, epochs, stage, watch):
     amp = torch.autocast(kind, torch.bfloat16, native_bf16(kind), cache_enabled=False)
     start = time.perf_counter()
     for epoch in range(1, epochs + 1):
-        rng = torch.Generator().manual_seed(10_000 * args.seed + epoch)
+        torch.manual_seed(10_000 * args.seed + epoch)
         log = []
-        for index in torch.randperm(n, generator=rng).to(x.device).split(args.batch):
+        for index in torch.randperm(n).to(x.device).split(args.batch):
             with amp:
                 loss_d, loss_g = losses(x[index % len(x)])
-            update(loss_d, loss_g, list(rates), opt)
+            # D's descend loss_d, G's loss_g, no other net moves. Both gradients are taken before
+            # either moves (as GANomaly's are), so that no pass is made twice.
+            opt.zero_grad()
+            loss_d.backward(inputs=d, retain_graph=True)
+            loss_g.backward(inputs=g)
+            opt.step()
             schedule.step()
             log.append(torch.stack([loss_d, loss_g]).detach())
         loss_d, loss_g = torch.stack(log).mean(0).tolist()  # only now: reading waits for the device
@@ -386,25 +391,16 @@ def fit(rates, losses, x, args, epochs, stage, watch):
             raise FloatingPointError(f"{message}; lower the learning rates")
         seconds = (time.perf_counter() - start) / epoch
         message += f" | {n / seconds:.0f} images/s, {seconds * (epochs - epoch):.0f} s left"
-        print(message, flush=True)
+        print(message)
         watch(stage, next(iter(rates)), n / seconds)
 
 
-def update(loss_d, loss_g, gans, opt):
-    """One step: the discriminators of these GANs descend loss_d, their generators loss_g. Both
-    gradients are taken before either moves (as GANomaly's are), so that no pass is made twice."""
-    opt.zero_grad()
-    loss_d.backward(inputs=[p for gan in gans for p in gan.d.parameters()], retain_graph=True)
-    loss_g.backward(inputs=[p for gan in gans for p in gan.g.parameters()])
-    opt.step()
-
-
-def native_bf16(device_type):
-    """Whether "cpu" or "cuda" has bfloat16 in hardware."""
-    if device_type == "cuda":
+def native_bf16(kind):
+    """Whether a kind of device, "cpu" or "cuda", has bfloat16 in hardware."""
+    if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)() if device_type == "cpu" else {}
-    return any(has for name, has in able.items() if "bf16" in name)
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return kind == "cpu" and any(has for name, has in able.items() if "bf16" in name)
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -435,8 +431,8 @@ def p_values(scores, calibration):
     et al. 2023), of scores (N,), given the sorted ones (n,) of normal images that no net saw. Over
     draws of all, P(p <= alpha) <= alpha. By hand: p_values([2.5], [1., 2., 3.]) = 2 / 4"""
     n = len(calibration)
-    least = scores * (1 - 1e-5)  # another device may round otherwise: that near is a tie
-    return (1 + n - torch.searchsorted(calibration, least)).double() / (n + 1)
+    below = torch.searchsorted(calibration, scores * (1 - 1e-5))  # so near is a tie: rounding
+    return (1 + n - below).double() / (n + 1)
 
 
 def auroc(gan, x, x_test, y_test):
@@ -445,7 +441,7 @@ def auroc(gan, x, x_test, y_test):
     mean, white = whitening(gan, x)
     r = in_parts(gan.residual, x_test)
     scores = r.norm(dim=1), ((r - mean) @ white).norm(dim=1)
-    return [100 * float(metrics.roc_auc_score(y_test, values.cpu())) for values in scores]
+    return [100 * metrics.roc_auc_score(y_test, values.cpu()) for values in scores]
 
 
 def pca_auroc(x, x_test, y_test):
@@ -453,7 +449,7 @@ def pca_auroc(x, x_test, y_test):
     x, x_test = (F.adaptive_avg_pool2d(t, 32).flatten(1).cpu().numpy() for t in (x, x_test))
     pca = decomposition.PCA(0.9).fit(x)
     errors = x_test - pca.inverse_transform(pca.transform(x_test))
-    return 100 * float(metrics.roc_auc_score(y_test, (errors**2).sum(1)))
+    return 100 * metrics.roc_auc_score(y_test, (errors**2).sum(1))
 
 
 def cost(gan, x):
@@ -519,14 +515,13 @@ def load_images(dataset, root, size):
             classes = train.classes
     x, x_test, c, c_test = map(torch.as_tensor, parts)
     x, x_test = (t.reshape(*t.shape[:3], -1).permute(0, 3, 1, 2) for t in (x, x_test))
-    x, x_test = (TF.resize(t, [size, size]) for t in (x, x_test))
-    return x, c, x_test, c_test, classes
+    return TF.resize(x, [size, size]), c, TF.resize(x_test, [size, size]), c_test, classes
 
 
 def load_task(args, device):
     """The task that the settings name: (x, x_test, y_test, name of the normal class): its images in
-    the training split and the whole test split, float32 in [-1, 1] on the device; y = 1 for an
-    anomaly. With args.val, a fixed tenth of the training split takes the place of the test split.
+    the training split and the whole test split, float32 in [-1, 1] on the device; y_test (N,) is
+    true for an anomaly. With args.val, a fixed tenth of the training split is the test split.
     Raises ValueError for an unknown class, OSError for unusable data."""
     x, c, x_test, c_test, classes = load_images(args.dataset, Path(args.data), args.size)
     names = classes + [str(i) for i in range(len(classes))]
@@ -535,7 +530,7 @@ def load_task(args, device):
     normal = names.index(args.normal) % len(classes)  # by name or index
     if args.val:
         x, x_test, c, c_test = model_selection.train_test_split(x, c, test_size=0.1, random_state=0)
-    y_test = (c_test != normal).long()
+    y_test = c_test != normal
     if len(y_test.unique()) < 2:
         raise ValueError(f"--normal {args.normal}: no AUROC without normal images and anomalies")
     x, x_test = ((images.float() / 127.5 - 1).to(device) for images in (x[c == normal], x_test))
@@ -551,7 +546,7 @@ def run(args):
     x_held = x[:0]
     if args.holdout:
         x, x_held = model_selection.train_test_split(x, test_size=args.holdout, random_state=0)
-    print(f"{folder.name}: {len(x)} images, held out {len(x_held)}, on {args.device}", flush=True)
+    print(f"{folder.name}: {len(x)} images, held out {len(x_held)}, on {args.device}")
 
     def fresh(width):
         """A GAN whose initial weights depend on its form and the seed alone."""
@@ -601,7 +596,7 @@ def run(args):
     result |= describe(args, teacher, student, x, x_test, y_test)
     print_tables(result)
     save(folder, result, teacher, student, x, x_held.cpu(), x_test.cpu(), y_test)
-    print(f"RESULT {json.dumps(result)}", flush=True)
+    print(f"RESULT {json.dumps(result)}")
     return result
 
 
@@ -618,12 +613,11 @@ def make_folder(args, name):
 
 def describe(args, teacher, student, x, x_test, y_test):
     """What a result says beside AUROCs: cost() on the normal test images, baselines, origin."""
-    normal = x_test[y_test == 0]
+    normal = x_test[~y_test]
     of_t, of_s = cost(teacher, normal), cost(student, normal)
     found = {key: {"teacher": of_t[key], "student": of_s[key]} for key in of_t}
     median = x.median(0).values.expand_as(normal)
     found["l1"]["median_image"] = contextual_loss(normal, median).item()
-    modules = torch, torchvision, sklearn
     return found | {
         "ratio": of_t["flops"] / of_s["flops"],
         "baselines": {"pca": pca_auroc(x, x_test, y_test)},
@@ -633,7 +627,7 @@ def describe(args, teacher, student, x, x_test, y_test):
         "settings": vars(args),
         "split": "validation" if args.val else "test",
         "version": VERSION,
-        "versions": {module.__name__: module.__version__ for module in modules},
+        "versions": {m.__name__: m.__version__ for m in (torch, torchvision, sklearn)},
         "device": f"{args.device}, {torch.get_num_threads()} threads",
         "bf16": native_bf16(x.device.type),
     }
@@ -644,7 +638,7 @@ def print_tables(result):
     plain, whitened = result["auroc"], result["auroc_whitened"]
     print("\nAUROC in %          plain    gain    whitened    gain")
     for stage in plain:
-        row = stage.replace("_", " ").ljust(13)
+        row = f"{stage.replace('_', ' '):13}"
         for values in plain, whitened:
             row += f"{values[stage]:12.2f}{values[stage] - values['student_alone']:+8.2f}"
         print(row)
@@ -665,10 +659,14 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
                 gan.mean, gan.white = whitening(gan, x)
             gan.cpu()
             scores = torch.cat([score(gan, image) for image in x_held.split(1)])  # as --score
-            content = {"version": VERSION, "form": gan.form, "weights": gan.state_dict()}
-            content["calibration"] = scores.sort().values
+            content = {
+                "version": VERSION,
+                "form": gan.form,
+                "weights": gan.state_dict(),
+                "calibration": scores.sort().values,
+            }
             torch.save(content, part / name)
-        some = torch.cat([x_test[y_test == 0][:8], x_test[y_test == 1][:8]])
+        some = torch.cat([x_test[~y_test][:8], x_test[y_test][:8]])
         rows = torch.cat([some, teacher.g(some).x_hat, student.g(some).x_hat])
         torchvision.utils.save_image(rows / 2 + 0.5, part / "samples.png", nrow=16)
         for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
@@ -707,40 +705,39 @@ def score_files(args):
     size, channels, *_ = gan.to(args.device).form
     if channels == 1:
         note("this student sees in grey: colour is dropped")
-    if len(calibration) < 1 / args.alpha - 1:
-        note(f"no anomaly can show: only {len(calibration)} images were held out (--holdout)")
+    note(f"{len(calibration)} images held out (--holdout): p >= 1 / {len(calibration) + 1}")
     files = []
     for path in map(Path, args.score[1:]):
         inside = (f for f in path.rglob("*") if torchvision.datasets.folder.is_image_file(f.name))
         files += sorted(inside) if path.is_dir() else [path]
-    scored = 0
+    failed = not files
     print("path\tscore\tp-value\tverdict")
     for file in files:
         try:
             x = read_image(file, size)[None].float()
         except OSError as error:
             note(error)
+            failed = True
             continue
         if channels == 1:
             x = x.mean(1, keepdim=True)
         value = score(gan, (x / 127.5 - 1).to(args.device)).cpu()
         p = p_values(value, calibration).item()
-        verdict = "anomaly" if p <= args.alpha else "-"  # and no tab or newline in a name:
-        print(f"{repr(str(file))[1:-1]}\t{value.item():.5g}\t{p:.4g}\t{verdict}", flush=True)
-        scored += 1
-    if not files or scored < len(files):
-        raise OSError(f"{scored} of {len(files)} images could be scored")
+        line = f"{repr(str(file))[1:-1]}\t{value.item():.5g}\t{p:.4g}"  # no tabs in the name
+        print(f"{line}\t{'anomaly' if p <= args.alpha else '-'}")
+    if failed:
+        raise OSError(f"not all of {len(files)} images could be scored")
 
 
 def note(message):
     """A line on stderr."""
-    print("pkdgan.py:", " ".join(str(message).split()), file=sys.stderr)
+    print(f"pkdgan.py: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def main(argv=None):
     """The command-line program; returns its exit code: 0, 1 failure, 2 usage, 130 Ctrl-C."""
     args = parse(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be of any characters
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # any file name; at once
     try:
         (score_files if args.score else run)(args)
     except BrokenPipeError:  # "| head" has seen enough: end quietly
