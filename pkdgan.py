@@ -26,7 +26,7 @@ Four stages, each evaluated after its last epoch by both scores:
     teacher         train_gan: the wide GAN by itself
     student alone   train_gan: the narrow GAN by itself, the baseline
     step 1          distill: a fresh student learns from the frozen teacher, and from nothing else
-    step 2          distill, joint: both go on, with their own GAN losses and the distillation's
+    step 2          distill, joint: both go on by their own GAN losses, the student by step 1's, too
 """
 
 import argparse
@@ -52,6 +52,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on CUDA, too
 VERSION = 4  # of the method and the files: raised when a change makes earlier results incomparable
 
 # ----------------------------------------------------------------------------------------- settings
@@ -71,7 +72,7 @@ SETTINGS = {  # each is a flag; PER_DATASET overrides these, for digits, the def
     "ablation": False,  # also train both jointly from random weights, the single-step rival
     "size": 32,  # images become size x size; a power of two from 16
     "teacher_width": 128,  # channels of the teacher's first block
-    "student_width": 0,  # of the student's; 0: a tenth of the teacher's, 50 times cheaper or more
+    "student_width": 0,  # of the student's; 0: a tenth of the teacher's, 88 times cheaper at 128
     "z_dim": 100,  # numbers in a code z or z_hat, teacher and student alike
     "batch": 64,  # images per update
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
@@ -100,7 +101,7 @@ PER_DATASET = {  # ratios at least the paper's: CIFAR-10 24.45, MNIST 311.11, Fa
 
 
 def parse(argv=None):
-    """Settings (a namespace) from a command line, sys.argv by default. Exits with code 2."""
+    """Settings (a namespace) from a command line, sys.argv by default. Bad usage exits with 2."""
     about = "What they mean and their defaults: SETTINGS, at the top of pkdgan.py."
     parser = argparse.ArgumentParser("pkdgan.py", argparse.SUPPRESS, about)
     parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
@@ -124,7 +125,7 @@ def parse(argv=None):
 
 
 class Blocks(nn.Sequential):
-    """A chain of blocks, the last of them its head, which shows what is inside."""
+    """A chain of blocks, the last of them its head; it returns their outputs, too."""
 
     def forward(self, h):
         """-> the head's output in float32, [the output of each block before it]."""
@@ -378,7 +379,7 @@ def fit(rates, losses, x, args, epochs, stage, watch):
             with amp:
                 loss_d, loss_g = losses(x[index % len(x)])
             # D's descend loss_d, G's loss_g, no other net moves. Both gradients are taken before
-            # either moves (as GANomaly's are), so that no pass is made twice.
+            # either moves (as GANomaly's are), so one D(x_hat) serves both.
             opt.zero_grad()
             loss_d.backward(inputs=d, retain_graph=True)
             loss_g.backward(inputs=g)
@@ -407,7 +408,6 @@ def native_bf16(kind):
 @torch.inference_mode()
 def in_parts(f, x):
     """f(x) in float32, computed part by part, of images x (N, C, size, size) in [-1, 1]."""
-    torch.backends.cudnn.allow_tf32 = False  # float32 on CUDA, too
     return torch.cat([f(part) for part in x.split(128)])  # 128 stay in a CPU's cache
 
 
@@ -455,7 +455,7 @@ def pca_auroc(x, x_test, y_test):
 def cost(gan, x):
     """What a GAN costs: params and flops (of one image) of generator and discriminator. The
     generator is all that scoring takes: MB of weights, and microseconds per image on the device of
-    x (N, C, size, size), alone (us_1) and in a batch of 256 (us_256). And l1 = E[|x - x_hat|]."""
+    x (N, C, size, size), alone (us_1) and of 256 by 128s (us_256). And l1 = E[|x - x_hat|]."""
     with FlopCounterMode(display=False) as counter:
         gan.d(gan.g(x[:1]).x_hat)
     params, params_g = (sum(p.numel() for p in net.parameters()) for net in (gan, gan.g))
@@ -501,7 +501,7 @@ def load_images(dataset, root, size):
     classes = list("0123456789")
     if dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
         digits = datasets.load_digits()
-        x, c = (digits.images * (255 / 16)).round().astype("uint8"), digits.target  # of 16 levels
+        x, c = (digits.images * (255 / 16)).round().astype("uint8"), digits.target  # from 0..16
         parts = model_selection.train_test_split(x, c, test_size=1 / 3, stratify=c, random_state=0)
     else:
         name = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
@@ -561,7 +561,7 @@ def run(args):
         plain[stage], whitened[stage] = auroc(gan, x, x_test, y_test)
 
     def watch(stage, gan, images_per_second):
-        """Note an epoch's speed and, with --curve, the AUROCs."""
+        """Note the mean speed so far and, with --curve, the AUROCs."""
         speed[stage] = images_per_second
         if args.curve:
             evaluate(stage, gan)
@@ -671,7 +671,7 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
         torchvision.utils.save_image(rows / 2 + 0.5, part / "samples.png", nrow=16)
         for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
             file.replace(folder / file.name)
-        # the export comes last: if this torch fails at it, no other file is lost
+        # the export is last: if this torch fails at it, the rest is there (and an old student.pt2)
         batch = {0: torch.export.Dim.AUTO}
         student.requires_grad_(False)
         del student.d  # scoring takes the generator alone
@@ -679,7 +679,7 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
         torch.export.save(exported, part / "student.pt2")
         (part / "student.pt2").replace(folder / "student.pt2")
     print(f"\nin {folder}: result.json, samples.png, teacher.pt, student.pt, student.pt2")
-    print(f"to score images: python pkdgan.py --score {folder}/student.pt IMAGE_OR_FOLDER")
+    print(f"to score images: python pkdgan.py --score '{folder}/student.pt' IMAGE_OR_FOLDER")
 
 
 # -------------------------------------------------------------------------- using a trained student
@@ -726,7 +726,7 @@ def score_files(args):
         line = f"{repr(str(file))[1:-1]}\t{value.item():.5g}\t{p:.4g}"  # no tabs in the name
         print(f"{line}\t{'anomaly' if p <= args.alpha else '-'}")
     if failed:
-        raise OSError(f"not all of {len(files)} images could be scored")
+        raise OSError(f"no images, or not all of these {len(files)} could be read")
 
 
 def note(message):
@@ -735,7 +735,7 @@ def note(message):
 
 
 def main(argv=None):
-    """The command-line program; returns its exit code: 0, 1 failure, 2 usage, 130 Ctrl-C."""
+    """The command-line program; returns its exit code: 0, 1 failure, 2 bad value, 130 Ctrl-C."""
     args = parse(argv)
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # any file name; at once
     try:
@@ -743,7 +743,7 @@ def main(argv=None):
     except BrokenPipeError:  # "| head" has seen enough: end quietly
         os._exit(1)
     except KeyboardInterrupt:
-        note("interrupted; nothing half-written is left")
+        note("interrupted; no result is half-written")
         return 130
     except Exception as error:
         if sys.flags.dev_mode:  # python -X dev

@@ -4,14 +4,14 @@
 #   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs bash run_all.sh [pkdgan.py's flags]
 #   sbatch --array=0-29 run_all.sh           # Slurm: each task of the array does its share
 #   JOBS=0 bash run_all.sh                   # nothing but the table of what there is
-# JOBS runs go at a time. Stop this as you like: started again, it skips what has a result in OUT.
+# JOBS runs go at a time (have the data first). Stop this as you like: started again, it skips what has a result in OUT.
 set -aeuo pipefail -f # -a: the runs' processes have what follows, functions too
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) PYTHON=$(command -v python || command -v python3)
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) PYTHON=$(command -v python || command -v python3 || echo python3)
 [ -f "$HERE/pkdgan.py" ] || HERE=$SLURM_SUBMIT_DIR # Slurm starts a copy that lies elsewhere
 DATASETS=${DATASETS:-mnist fmnist cifar10} NORMALS=${NORMALS:-0 1 2 3 4 5 6 7 8 9}
 SEEDS=${SEEDS:-0} JOBS=${JOBS:-1} OUT=${OUT:-runs} BEGAN=$(date +%s)
 fail() { echo "run_all.sh: $*" >&2 && exit 2; }
-[[ $JOBS =~ ^[0-9]+$ ]] || fail "JOBS=$JOBS must be a number"
+[[ $JOBS =~ ^(0|[1-9][0-9]*)$ ]] || fail "JOBS=$JOBS must be a number"
 for flag; do case $flag in --dataset* | --normal* | --seed* | --out* | --score*)
   fail "$flag: set DATASETS, NORMALS, SEEDS or OUT before the command instead" ;; esac; done
 RUNS=$(for d in $DATASETS; do for s in $SEEDS; do for n in $NORMALS; do echo "$d $s $n"; done; done; done)
@@ -27,7 +27,7 @@ import contextlib, json, os, pathlib, statistics, sys
 sys.path.insert(0, os.environ["HERE"]); import pkdgan, torch
 (mode, *flags), out, have, got, asked = sys.argv[1:], pathlib.Path(os.environ["OUT"]), [], {}, []
 for file in out.glob("*-seed*/result.json"):
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # another program's, half replaced
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # another program's, just removed
         r = json.loads(file.read_text())
         for auroc in (r["auroc"], r["auroc_whitened"]):
             auroc["gain"] = auroc["step2"] - auroc["student_alone"]
@@ -43,7 +43,7 @@ for d, s, n in map(str.split, os.environ["RUNS"].splitlines()):
                 got[asked[-1]] = r
     if mode == "todo" and asked[-1] not in got:
         print(d, s, n, out / f"{asked[-1][0]}-{n}-seed{s}.log".replace("/", "-"))
-len({id(r) for r in got.values()}) < len(got) and sys.exit("run_all.sh: NORMALS names one class twice")
+len({id(r) for r in got.values()}) < len(got) and sys.exit("run_all.sh: one run is named twice")
 for title in dict.fromkeys(title for title, *_ in asked) if mode == "table" else ():
     seeds, normals = (list(dict.fromkeys(run[i] for run in asked if run[0] == title)) for i in (1, 2))
     mine = [r for run, r in got.items() if run[0] == title]
