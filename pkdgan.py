@@ -339,7 +339,8 @@ def distillation_losses(student, out_t, out_s, args):
     logit_t, f_t = judge(student.d, out_t.x_hat.detach())
     logit_s, f_s = judge(student.d, out_s.x_hat)
 
-    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake
+    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake (in step 1, where
+    # ---- it is the only loss of D, Adam cancels the weight)
     loss_d = args.kd_adv * discriminator_loss(logit_t, logit_s)
 
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
