@@ -292,6 +292,7 @@ def train_gan(gan, x, args, *, epochs, lr, stage, watch):
     """Train a GAN by itself on images x (N, C, size, size). Calls watch and raises as fit()."""
 
     def losses(x_real):
+        """x_real (B, C, size, size) in [-1, 1] -> scalars L_D and L_G, see gan_losses()."""
         return gan_losses(gan, x_real, gan.g(x_real), args)
 
     fit({gan: lr}, losses, x, args, epochs, stage, watch)
@@ -308,12 +309,13 @@ def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0)
         rates[teacher] = rate * args.lr_teacher / args.teacher_width
 
     def losses(x_real):
+        """x_real (B, C, size, size) in [-1, 1] -> scalars for all D's and all G's [paper, ours]."""
         out_t, out_s = teacher.g(x_real), student.g(x_real)
         terms = [distillation_losses(student, out_t, out_s, args)]
         if joint:
             terms.append(gan_losses(student, x_real, out_s, args))
             terms.append(gan_losses(teacher, x_real, out_t, args))
-        return map(sum, zip(*terms))  # those for D, those for G
+        return map(sum, zip(*terms))  # over the terms: what is for D, what is for G
 
     fit(rates, losses, x, args, epochs, stage, watch)
 
@@ -367,7 +369,7 @@ def fit(rates, losses, x, args, epochs, stage, watch):
     groups = [{"params": gan.parameters()} for gan in rates]
     d, g = ([p for gan in rates for p in getattr(gan, net).parameters()] for net in "dg")
     opt = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)  # betas: DCGAN's
-    rise = {"pct_start": 0.15, "cycle_momentum": False}
+    rise = {"pct_start": 0.15, "cycle_momentum": False}  # torch divides by 0 at 0.1 of 10 updates
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, list(rates.values()), updates, **rise)
     # convolutions in bfloat16 where that is native; without a cache, gradients add up in float32
     kind = x.device.type
