@@ -42,7 +42,6 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import sklearn
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -72,7 +71,7 @@ SETTINGS = {  # each is a flag; PER_DATASET overrides these, for digits, the def
     "ablation": False,  # also train both jointly from random weights, the single-step rival
     "size": 32,  # images become size x size; a power of two from 16
     "teacher_width": 128,  # channels of the teacher's first block
-    "student_width": 0,  # of the student's; 0: a tenth of the teacher's, 88 times cheaper at 128
+    "student_width": 0,  # of the student's; 0: a twelfth of the teacher's, 80 to 110 times cheaper
     "z_dim": 256,  # numbers in a code z or z_hat, teacher and student alike
     "batch": 64,  # images per update
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
@@ -90,10 +89,9 @@ SETTINGS = {  # each is a flag; PER_DATASET overrides these, for digits, the def
     "kd_latent": 100.0,  # weight of the latent distillation loss
     "kd_adv": 10.0,  # weight of the adversarial distillation loss; at 100 it outweighs the others
 }
-DIGITS = {"epochs": 20, "epochs1": 40, "epochs2": 10, "lr_student": 5e-3, "batch": 16}
-DIGITS |= {"normal": "8", "teacher_width": 32, "student_width": 4, "w_con": 10.0}
 PER_DATASET = {  # ratios at least the paper's: CIFAR-10 24.45, MNIST 311.11, Fashion-MNIST 700
-    "digits": DIGITS,
+    "digits": {"epochs": 20, "epochs1": 40, "epochs2": 10, "lr_student": 5e-3, "batch": 16}
+    | {"normal": "8", "teacher_width": 32, "student_width": 4, "w_con": 10.0},
     "mnist": {"student_width": 5, "lr_student": 5e-3, "w_con": 10.0},
     "fmnist": {"student_width": 3, "epochs1": 8, "epochs2": 2},
     "cifar10": {"student_width": 16},
@@ -103,8 +101,9 @@ PER_DATASET = {  # ratios at least the paper's: CIFAR-10 24.45, MNIST 311.11, Fa
 
 def parse(argv=None):
     """Settings (a namespace) from a command line, sys.argv by default. Bad usage exits with 2."""
-    about = "What they mean and their defaults: SETTINGS, at the top of pkdgan.py."
-    parser = argparse.ArgumentParser("pkdgan.py", argparse.SUPPRESS, about)
+    parser = argparse.ArgumentParser(
+        "pkdgan.py", argparse.SUPPRESS, "Their meaning: SETTINGS, at the top of pkdgan.py."
+    )
     parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
     choices = {"dataset": PER_DATASET, "size": (16, 32, 64, 128, 256, 512)}
     for name, default in SETTINGS.items():
@@ -114,7 +113,7 @@ def parse(argv=None):
         parser.add_argument("--" + name.replace("_", "-"), default=default, **how)
     parser.set_defaults(**PER_DATASET[parser.parse_args(argv).dataset])
     args = parser.parse_args(argv)
-    args.student_width = args.student_width or max(1, args.teacher_width // 10)
+    args.student_width = args.student_width or max(1, args.teacher_width // 12)
     return args
 
 
@@ -182,7 +181,7 @@ class Generated(NamedTuple):
     z: torch.Tensor  # (B, z_dim), of norm sqrt(z_dim)
     x_hat: torch.Tensor  # (B, C, size, size) in [-1, 1]
     z_hat: torch.Tensor  # (B, z_dim), of norm sqrt(z_dim)
-    hidden: list  # of the first encoder's and the decoder's blocks, each (B, channels, h, h)
+    q: torch.Tensor  # attention_maps() of first encoder's and decoder's blocks, or None
 
 
 class Generator(nn.Module):
@@ -196,15 +195,15 @@ class Generator(nn.Module):
         self.decode = decoder(*form)
         self.encode_again = encoder(*form)
 
-    def forward(self, x):
-        """(B, C, size, size) -> Generated."""
+    def forward(self, x, maps=False):
+        """(B, C, size, size) -> Generated, with attention maps if asked for: to distil."""
         z, hidden_encoder = self.encode(x)
         z = self.radius * F.normalize(z)
-        x_hat, hidden_decoder = self.decode(z[:, :, None, None])
+        x_hat, hidden_decoder = self.decode(z[..., None, None])
         x_hat = x_hat.tanh()
-        z_hat, _ = self.encode_again(x_hat)
-        z_hat = self.radius * F.normalize(z_hat)
-        return Generated(z, x_hat, z_hat, hidden_encoder + hidden_decoder)
+        z_hat = self.radius * F.normalize(self.encode_again(x_hat)[0])
+        q = attention_maps(hidden_encoder + hidden_decoder) if maps else None
+        return Generated(z, x_hat, z_hat, q)
 
 
 class GAN(nn.Module):
@@ -266,7 +265,7 @@ def attention_maps(hidden):
     output h (B, channels, height, width) responds.
     By hand, one block of two 1 x 2 channels [1, 2] and [1, 0]: A = [1, 2], Q = [1, 2] / sqrt(5)"""
     maps = [F.normalize(h.float().square().mean(1).flatten(1)) for h in hidden]
-    return torch.cat(maps, dim=1) / len(maps) ** 0.5
+    return torch.cat(maps, 1) / len(maps) ** 0.5
 
 
 def intermediate_distillation_loss(q_t, q_s, x_hat_t, x_hat_s):
@@ -289,47 +288,41 @@ def adversarial_distillation_loss(f_t, f_s):
 
 
 # ----------------------------------------------------------------------------------------- training
-def train_gan(gan, x, args, *, epochs, lr, stage, watch):
-    """Train a GAN by itself on images x (N, C, size, size). Calls watch and raises as fit()."""
+def train_gan(gan, x, args, *, lr, **how):
+    """Train a GAN by itself on images x (N, C, size, size). how: epochs, stage and watch of fit().
+    Raises as fit()."""
 
     def losses(i):
         """Indices of images (B,) -> scalars L_D and L_G, see gan_losses()."""
         return gan_losses(gan, x[i], gan.g(x[i]), args)
 
-    fit({gan: lr}, losses, x, args, epochs, stage, watch)
+    fit({gan: lr}, losses, x, args, **how)
 
 
-def distill(teacher, student, x, args, *, epochs, joint, stage, watch, rate=1.0, rate_t=1.0):
+def distill(teacher, student, x, args, *, joint, rate=1.0, rate_t=1.0, **how):
     """Train a student from a teacher on images x (N, C, size, size). Step 1: the teacher is frozen,
     the student learns from distillation losses alone. Step 2, joint: the student has its own GAN's
     losses besides; the teacher trains on by its own. rate, rate_t: student's and teacher's shares
-    of the learning rates in args. Calls watch and raises as fit()."""
+    of the learning rates in args. how: epochs, stage and watch of fit(). Raises as fit()."""
     teacher.requires_grad_(joint)  # frozen in step 1: no gradient reaches it
     rates = {student: rate * args.lr_student}
     if joint:
         rates[teacher] = rate_t * args.lr_teacher / args.teacher_width
     else:  # what a frozen teacher makes of an image is the same in every epoch: once will do
-        with torch.no_grad():
-            parts = [generate(teacher, part) for part in x.split(128)]
+        parts = [teacher.g(part, maps=True) for part in x.split(128)]
         made_t = list(map(torch.cat, zip(*parts)))
 
     def losses(i):
         """Indices of images (B,) -> scalars for all D's and all G's [paper, ours]."""
-        out_s = generate(student, x[i])
-        out_t = generate(teacher, x[i]) if joint else Generated(*(part[i] for part in made_t))
+        out_s = student.g(x[i], maps=True)
+        out_t = teacher.g(x[i], maps=True) if joint else Generated(*(part[i] for part in made_t))
         terms = [distillation_losses(student, out_t, out_s, args)]
         if joint:
             terms.append(gan_losses(student, x[i], out_s, args))
             terms.append(gan_losses(teacher, x[i], out_t, args))
         return map(sum, zip(*terms))  # over the terms: what is for D, what is for G
 
-    fit(rates, losses, x, args, epochs, stage, watch)
-
-
-def generate(gan, x):
-    """Generated by a GAN of images x, with attention maps Q in the place of hidden outputs."""
-    out = gan.g(x)
-    return out._replace(hidden=attention_maps(out.hidden))
+    fit(rates, losses, x, args, **how)
 
 
 def gan_losses(gan, x, out, args):
@@ -358,7 +351,7 @@ def distillation_losses(student, out_t, out_s, args):
     loss_d = args.kd_adv * discriminator_loss(logit_t, logit_s)
 
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
-    inter = intermediate_distillation_loss(out_t.hidden, out_s.hidden, out_t.x_hat, out_s.x_hat)
+    inter = intermediate_distillation_loss(out_t.q, out_s.q, out_t.x_hat, out_s.x_hat)
     latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
     adv_kd = adversarial_distillation_loss(f_t[-1], f_s[-1])
     return loss_d, args.kd_inter * inter + args.kd_latent * latent + args.kd_adv * adv_kd
@@ -372,11 +365,13 @@ def fit(rates, losses, x, args, epochs, stage, watch):
     per second). Raises FloatingPointError if a loss is not finite."""
     n = len(x) * max(1, args.epoch_images // len(x))  # a small set is shown several times an epoch
     updates = max(1, epochs * math.ceil(n / args.batch))
-    groups = [{"params": gan.parameters()} for gan in rates]
     d, g = ([p for gan in rates for p in getattr(gan, net).parameters()] for net in "dg")
-    opt = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)  # betas: DCGAN's
-    rise = {"pct_start": 0.15, "cycle_momentum": False}  # torch divides by 0 at 0.1 of 10 updates
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, list(rates.values()), updates, **rise)
+    opt = torch.optim.Adam(
+        [{"params": gan.parameters()} for gan in rates], betas=(0.5, 0.999), fused=True
+    )  # betas: DCGAN's
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        opt, list(rates.values()), updates, pct_start=0.15, cycle_momentum=False
+    )  # pct_start: at 0.1 torch divides by 0 where there are 10 updates
     # convolutions in bfloat16 where that is native; without a cache, gradients add up in float32
     kind = x.device.type
     amp = torch.autocast(kind, torch.bfloat16, native_bf16(kind), cache_enabled=False)
@@ -396,12 +391,13 @@ def fit(rates, losses, x, args, epochs, stage, watch):
             schedule.step()
             log.append(torch.stack([loss_d, loss_g]).detach())
         loss_d, loss_g = torch.stack(log).mean(0).tolist()  # only now: reading waits for the device
-        message = f"{stage} {epoch}/{epochs}: loss_D {loss_d:.3f} loss_G {loss_g:.3f}"
         if not math.isfinite(loss_d + loss_g):
-            raise FloatingPointError(f"{message}; lower the learning rates")
+            raise FloatingPointError(f"{stage} {epoch}/{epochs}: NaN; lower the learning rates")
         seconds = (time.perf_counter() - start) / epoch
-        message += f" | {n / seconds:.0f} images/s, {seconds * (epochs - epoch):.0f} s left"
-        print(message)
+        print(
+            f"{stage} {epoch}/{epochs}: loss_D {loss_d:.3f} loss_G {loss_g:.3f} | "
+            f"{n / seconds:.0f} images/s, {seconds * (epochs - epoch):.0f} s left"
+        )
         watch(stage, next(iter(rates)), n / seconds)
 
 
@@ -467,7 +463,7 @@ def cost(gan, x):
     x (N, C, size, size), alone (us_1) and of 256 by 128s (us_256). And l1 = E[|x - x_hat|]."""
     with FlopCounterMode(display=False) as counter:
         gan.d(gan.g(x[:1]).x_hat)
-    params, params_g = (sum(p.numel() for p in net.parameters()) for net in (gan, gan.g))
+    params, params_g = (sum(map(torch.numel, net.parameters())) for net in (gan, gan.g))
     found = {"params": params, "flops": counter.get_total_flops(), "MB": 4e-6 * params_g}
     for n in (1, 256):
         some = x[torch.arange(n) % len(x)]
@@ -502,15 +498,15 @@ def load_folder(root, size):
 
 
 def load_images(dataset, root, size):
-    """All of a data set: (x, c, x_test, c_test, classes). x, x_test: uint8 (N, C, size, size), with
-    C = 3 for CIFAR-10 and folders, else 1; c, c_test: int64 (N,), indices into `classes`, a list,
-    -1 for a class that is in test only. Raises OSError for what cannot be used."""
+    """All of a data set: (x, c, x_test, c_test, classes). x, x_test: (N, C, size, size), 0 to 255,
+    with C = 3 for CIFAR-10 and folders, else 1; c, c_test: int64 (N,), indices into `classes`, a
+    list, -1 for a class that is in test only. Raises OSError for what cannot be used."""
     if dataset == "folder":
         return load_folder(root, size)
     classes = list("0123456789")
     if dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
         digits = datasets.load_digits()
-        x, c = (digits.images * (255 / 16)).round().astype("uint8"), digits.target  # from 0..16
+        x, c = (digits.images * 15.9375).astype("uint8"), digits.target  # 0..16 -> 0..255
         parts = model_selection.train_test_split(x, c, test_size=1 / 3, stratify=c, random_state=0)
     else:
         name = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
@@ -523,8 +519,10 @@ def load_images(dataset, root, size):
         if dataset != "mnist":
             classes = train.classes
     x, x_test, c, c_test = map(torch.as_tensor, parts)
-    x, x_test = (t.reshape(*t.shape[:3], -1).permute(0, 3, 1, 2) for t in (x, x_test))
-    return TF.resize(x, [size, size]), c, TF.resize(x_test, [size, size]), c_test, classes
+    x, x_test = (  # contiguous: images with channels last in memory train half as fast
+        t.reshape(*t.shape[:3], -1).permute(0, 3, 1, 2).contiguous() for t in (x, x_test)
+    )
+    return TF.resize(x, size), c, TF.resize(x_test, size), c_test, classes
 
 
 def load_task(args, device):
@@ -563,8 +561,6 @@ def run(args):
         return GAN(args.size, x.shape[1], width, args.z_dim).to(args.device)
 
     plain, whitened, curve, speed = {}, {}, {}, {}
-    result = {"normal": name, "auroc": plain, "auroc_whitened": whitened, "curve": curve}
-    result["images_per_second"] = speed
 
     def evaluate(stage, gan):
         """Note a GAN's AUROCs after a stage or an epoch of it."""
@@ -584,8 +580,7 @@ def run(args):
     if args.teacher:
         path = Path(args.teacher)
         trained, _ = load_gan(path / folder.name / "teacher.pt" if path.is_dir() else path)
-        teacher.g.load_state_dict(trained.g.state_dict())
-        teacher.d.load_state_dict(trained.d.state_dict())
+        teacher.load_state_dict(trained.state_dict())
     else:
         lr = args.lr_teacher / args.teacher_width
         train_gan(teacher, epochs=args.epochs, lr=lr, stage="teacher", **kw)
@@ -603,7 +598,8 @@ def run(args):
         rival_t, rival_s = fresh(args.teacher_width), fresh(args.student_width)
         distill(rival_t, rival_s, epochs=both, joint=True, stage="joint_only", **kw)
         evaluate("joint_only", rival_s)
-    result["seconds"] = time.perf_counter() - began
+    result = {"normal": name, "auroc": plain, "auroc_whitened": whitened, "curve": curve}
+    result |= {"images_per_second": speed, "seconds": time.perf_counter() - began}
     result |= describe(args, teacher, student, x, x_test, y_test)
     print_tables(result)
     save(folder, result, teacher, student, x, x_held.cpu(), x_test.cpu(), y_test)
@@ -638,7 +634,7 @@ def describe(args, teacher, student, x, x_test, y_test):
         "settings": vars(args),
         "split": "validation" if args.val else "test",
         "version": VERSION,
-        "versions": {m.__name__: m.__version__ for m in (torch, torchvision, sklearn)},
+        "versions": {"torch": torch.__version__},
         "device": f"{args.device}, {torch.get_num_threads()} threads",
         "bf16": native_bf16(x.device.type),
     }
@@ -670,23 +666,19 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
                 gan.mean, gan.white = whitening(gan, x)
             gan.cpu()
             scores = torch.cat([score(gan, image) for image in x_held.split(1)])  # as --score
-            content = {
-                "version": VERSION,
-                "form": gan.form,
-                "weights": gan.state_dict(),
-                "calibration": scores.sort().values,
-            }
-            torch.save(content, part / name)
+            content = {"version": VERSION, "form": gan.form, "weights": gan.state_dict()}
+            torch.save(content | {"calibration": scores.sort().values}, part / name)
         some = torch.cat([x_test[~y_test][:8], x_test[y_test][:8]])
         rows = torch.cat([some, teacher.g(some).x_hat, student.g(some).x_hat])
         torchvision.utils.save_image(rows / 2 + 0.5, part / "samples.png", nrow=16)
         for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
             file.replace(folder / file.name)
         # the export is last: if this torch fails at it, the rest is there (and an old student.pt2)
-        batch = {0: torch.export.Dim.AUTO}
         student.requires_grad_(False)
         del student.d  # scoring takes the generator alone
-        exported = torch.export.export(student, (x_test[:2].clone(),), dynamic_shapes=(batch,))
+        exported = torch.export.export(
+            student, (x_test[:2].clone(),), dynamic_shapes=({0: torch.export.Dim.AUTO},)
+        )
         torch.export.save(exported, part / "student.pt2")
         (part / "student.pt2").replace(folder / "student.pt2")
     print(f"\nin {folder}: result.json, samples.png, teacher.pt, student.pt, student.pt2")
