@@ -20,13 +20,13 @@ one normal class only:
     x --encoder--> z --decoder--> x_hat --second encoder--> z_hat      and a discriminator D
 
 They learn to reconstruct normal images and their codes. An anomaly's two codes disagree:
-||z - z_hat||_2 is the anomaly score [paper], here whitened by what it is on normal images [ours].
-Four stages, each evaluated after its last epoch by both scores:
+||z - z_hat||_2 is the anomaly score [paper], here of z - z_hat whitened on normal images [ours].
+Four stages; G learns by L_G (gan_losses) or L_KD (distillation_losses), D by its loss there:
 
-    teacher         train_gan: the wide GAN by itself
-    student alone   train_gan: the narrow GAN by itself, the baseline
-    step 1          distill: a fresh student learns from the frozen teacher, and from nothing else
-    step 2          distill, joint: both go on by their own GAN losses, the student by step 1's, too
+    teacher         train_gan: L_G, for epochs
+    student alone   train_gan: L_G, for epochs1 + epochs2, the baseline
+    step 1          distill: a fresh student, the basics: L_KD, for epochs1; the teacher is frozen
+    step 2          distill, joint: student, L_KD + L_G; teacher, L_G, slowly; for epochs2
 """
 
 import argparse
@@ -65,31 +65,31 @@ SETTINGS = {  # each is a flag; PER_DATASET overrides these, for digits, the def
     "val": False,  # evaluate on held-out training images instead of the test split
     "teacher": "",  # a teacher.pt of this task and --holdout, or the --out it is in; "": train one
     "curve": False,  # evaluate after every epoch, too (counted in the images per second)
-    "whiten": True,  # saved nets score by the whitened z - z_hat; --no-whiten: the plain [paper]
+    "whiten": True,  # student.pt scores by the whitened z - z_hat; --no-whiten: the plain [paper]
     "holdout": 0.0,  # share of the normal training images to hold out for p-values
     "alpha": 0.05,  # share of false alarms that --score accepts
-    "ablation": False,  # also train both jointly from random weights, the single-step rival
+    "ablation": False,  # also the single-step rival: joint from random weights, at full rates
     "size": 32,  # images become size x size; a power of two from 16
     "teacher_width": 128,  # channels of the teacher's first block
     "student_width": 0,  # of the student's; 0: a twelfth of the teacher's, 80 to 110 times cheaper
     "z_dim": 256,  # numbers in a code z or z_hat, teacher and student alike
     "batch": 64,  # images per update
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
-    "epochs1": 20,  # of step 1
+    "epochs1": 20,  # of step 1; after 8 a student is further from its teacher, most of all on MNIST
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
-    "epoch_images": 1,  # a smaller set is shown as often in an epoch as this number allows
+    "epoch_images": 1,  # a set is shown as often in an epoch as this number of images allows
     "lr_teacher": 0.032,  # the teacher's learning rate times its width: 2.5e-4 at 128, 1e-3 at 32
     "lr_student": 2e-3,  # the student's learning rate
-    "lr_step2": 0.5,  # the student's learning rate in step 2, as a share of its own
-    "lr_step2_teacher": 0.01,  # the teacher's; at more it learns to make codes of anomalies agree
+    "lr_step2": 0.5,  # share of lr_student in step 2
+    "lr_step2_teacher": 0.01,  # of the teacher's rate; at more its codes of anomalies come to agree
     "w_adv": 1.0,  # weight of a GAN's adversarial loss
     "w_con": 1.0,  # weight of a GAN's contextual loss
     "w_lat": 1.0,  # weight of a GAN's latent loss
-    "kd_inter": 100.0,  # weight of the intermediate distillation loss
+    "kd_inter": 100.0,  # weight of the intermediate distillation loss; at 10 step 2 drifted more
     "kd_latent": 100.0,  # weight of the latent distillation loss
     "kd_adv": 10.0,  # weight of the adversarial distillation loss; at 100 it outweighs the others
 }
-PER_DATASET = {  # ratios at least the paper's: CIFAR-10 24.45, MNIST 311.11, Fashion-MNIST 700
+PER_DATASET = {  # FLOPs at least the paper's 24.45 (CIFAR-10), 311.11 (MNIST), 700 (Fashion) : 1
     "digits": {"epochs": 20, "epochs1": 40, "epochs2": 10, "lr_student": 5e-3, "batch": 16}
     | {"normal": "8", "teacher_width": 32, "student_width": 4, "w_con": 10.0},
     "mnist": {"student_width": 5, "lr_student": 5e-3, "w_con": 10.0},
@@ -158,7 +158,7 @@ def encoder(size, channels, width, n_out):
 def upsample(c_in, c_out, bias=False):
     """(B, c_in, h, h) -> (B, c_out, 2h, 2h): DCGAN's transposed 4x4 convolution of stride 2, as a
     2x2 convolution to four sub-pixels (Shi et al. 2016), less those beyond the image: 3 to 7 times
-    faster on a CPU, and nn.Conv2d's initial weights do not saturate wide nets."""
+    faster on a CPU; and nn.ConvTranspose2d's initial weights saturate wide nets."""
     conv = nn.Conv2d(c_in, 4 * c_out, 2, padding=1, bias=bias)
     return nn.Sequential(conv, nn.PixelShuffle(2), nn.ZeroPad2d(-1))
 
@@ -181,7 +181,7 @@ class Generated(NamedTuple):
     z: torch.Tensor  # (B, z_dim), of norm sqrt(z_dim)
     x_hat: torch.Tensor  # (B, C, size, size) in [-1, 1]
     z_hat: torch.Tensor  # (B, z_dim), of norm sqrt(z_dim)
-    q: torch.Tensor  # attention_maps() of first encoder's and decoder's blocks, or None
+    q: torch.Tensor  # (B, all blocks' h * w), of first encoder and decoder, if asked for: to distil
 
 
 class Generator(nn.Module):
@@ -196,7 +196,7 @@ class Generator(nn.Module):
         self.encode_again = encoder(*form)
 
     def forward(self, x, maps=False):
-        """(B, C, size, size) -> Generated, with attention maps if asked for: to distil."""
+        """(B, C, size, size) -> Generated, with attention_maps() if asked for."""
         z, hidden_encoder = self.encode(x)
         z = self.radius * F.normalize(z)
         x_hat, hidden_decoder = self.decode(z[..., None, None])
@@ -224,7 +224,7 @@ class GAN(nn.Module):
 
     def forward(self, x):
         """Anomaly scores (B,), high is anomalous: ||z - z_hat||_2 [paper], or whitened [ours],
-        sqrt((r - m)' C^-1 (r - m)) with mean m and covariance C of normal images' r."""
+        sqrt((r - m)' S^-1 (r - m)) with mean m and covariance S of normal images' r."""
         return ((self.residual(x) - self.mean) @ self.white).norm(dim=1)
 
 
@@ -241,7 +241,7 @@ def discriminator_loss(logit_real, logit_fake):
 
 
 def adversarial_loss(f_x, f_x_hat):
-    """L_adv = E[(f(x) - f(x_hat))^2], f are D's features: feature matching (Salimans et al. 2016),
+    """L_adv = E[(f(x) - f(x_hat))^2], f is D's last block: feature matching (Salimans et al. 2016),
     here image by image, as in GANomaly.
     By hand: adversarial_loss([1., 2.], [1., 0.]) = (0 + 4) / 2 = 2"""
     return F.mse_loss(f_x_hat, f_x.detach())
@@ -301,21 +301,21 @@ def train_gan(gan, x, args, *, lr, **how):
 
 def distill(teacher, student, x, args, *, joint, rate=1.0, rate_t=1.0, **how):
     """Train a student from a teacher on images x (N, C, size, size). Step 1: the teacher is frozen,
-    the student learns from distillation losses alone. Step 2, joint: the student has its own GAN's
-    losses besides; the teacher trains on by its own. rate, rate_t: student's and teacher's shares
-    of the learning rates in args. how: epochs, stage and watch of fit(). Raises as fit()."""
+    the student learns from distillation losses alone. Step 2, joint: the student adds its own GAN
+    losses; the teacher trains on by its own. rate, rate_t: shares of the student's and the
+    teacher's learning rates in args. how: epochs, stage and watch of fit(). Raises as fit()."""
     teacher.requires_grad_(joint)  # frozen in step 1: no gradient reaches it
     rates = {student: rate * args.lr_student}
     if joint:
         rates[teacher] = rate_t * args.lr_teacher / args.teacher_width
     else:  # what a frozen teacher makes of an image is the same in every epoch: once will do
         parts = [teacher.g(part, maps=True) for part in x.split(128)]
-        made_t = list(map(torch.cat, zip(*parts)))
+        made_t = list(map(torch.cat, zip(*parts)))  # the fields of Generated, of all images
 
     def losses(i):
-        """Indices of images (B,) -> scalars for all D's and all G's [paper, ours]."""
+        """Indices of images (B,) -> scalars for all D's and all G's."""
         out_s = student.g(x[i], maps=True)
-        out_t = teacher.g(x[i], maps=True) if joint else Generated(*(part[i] for part in made_t))
+        out_t = teacher.g(x[i], maps=True) if joint else Generated(*(field[i] for field in made_t))
         terms = [distillation_losses(student, out_t, out_s, args)]
         if joint:
             terms.append(gan_losses(student, x[i], out_s, args))
@@ -328,14 +328,14 @@ def distill(teacher, student, x, args, *, joint, rate=1.0, rate_t=1.0, **how):
 def gan_losses(gan, x, out, args):
     """The losses (for D, for G) of a GAN by itself, whose generator made `out` of images x:
     GANomaly's, our weights [ours]."""
-    logit_real, f_x = gan.d(x)
-    logit_fake, f_x_hat = gan.d(out.x_hat)
+    logit_real, hidden_x = gan.d(x)
+    logit_fake, hidden_x_hat = gan.d(out.x_hat)
 
     # ---- D: minimise L_D; x is real, x_hat is fake
     loss_d = discriminator_loss(logit_real, logit_fake)
 
     # ---- G: minimise L_G = w_adv L_adv + w_con L_con + w_lat L_lat
-    adv = adversarial_loss(f_x[-1], f_x_hat[-1])
+    adv = adversarial_loss(hidden_x[-1], hidden_x_hat[-1])
     con = contextual_loss(x, out.x_hat)
     lat = latent_loss(out.z, out.z_hat)
     return loss_d, args.w_adv * adv + args.w_con * con + args.w_lat * lat
@@ -343,8 +343,8 @@ def gan_losses(gan, x, out, args):
 
 def distillation_losses(student, out_t, out_s, args):
     """The losses (for D, for G) of a student, given what both generators made of an x."""
-    logit_t, f_t = student.d(out_t.x_hat.detach())
-    logit_s, f_s = student.d(out_s.x_hat)
+    logit_t, hidden_t = student.d(out_t.x_hat.detach())
+    logit_s, hidden_s = student.d(out_s.x_hat)
 
     # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake (in step 1, where
     # ---- it is the only loss of D, Adam cancels the weight)
@@ -353,7 +353,7 @@ def distillation_losses(student, out_t, out_s, args):
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
     inter = intermediate_distillation_loss(out_t.q, out_s.q, out_t.x_hat, out_s.x_hat)
     latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
-    adv_kd = adversarial_distillation_loss(f_t[-1], f_s[-1])
+    adv_kd = adversarial_distillation_loss(hidden_t[-1], hidden_s[-1])
     return loss_d, args.kd_inter * inter + args.kd_latent * latent + args.kd_adv * adv_kd
 
 
@@ -372,7 +372,7 @@ def fit(rates, losses, x, args, epochs, stage, watch):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         opt, list(rates.values()), updates, pct_start=0.15, cycle_momentum=False
     )  # pct_start: at 0.1 torch divides by 0 where there are 10 updates
-    # convolutions in bfloat16 where that is native; without a cache, gradients add up in float32
+    # convolutions in bfloat16 where native; without a cache of casts, gradients add in float32
     kind = x.device.type
     amp = torch.autocast(kind, torch.bfloat16, native_bf16(kind), cache_enabled=False)
     start = time.perf_counter()
@@ -392,7 +392,7 @@ def fit(rates, losses, x, args, epochs, stage, watch):
             log.append(torch.stack([loss_d, loss_g]).detach())
         loss_d, loss_g = torch.stack(log).mean(0).tolist()  # only now: reading waits for the device
         if not math.isfinite(loss_d + loss_g):
-            raise FloatingPointError(f"{stage} {epoch}/{epochs}: NaN; lower the learning rates")
+            raise FloatingPointError(f"{stage} {epoch}/{epochs}: overflow; lower rates (--lr-*)")
         seconds = (time.perf_counter() - start) / epoch
         print(
             f"{stage} {epoch}/{epochs}: loss_D {loss_d:.3f} loss_G {loss_g:.3f} | "
@@ -424,11 +424,11 @@ def score(gan, x):
 
 def whitening(gan, x):
     """(m (z_dim,), W (z_dim, z_dim)) of the residuals r of training images x: their mean, and a
-    root of their inverse covariance, W W' = C^-1. C is shrunk (Ledoit and Wolf 2004)."""
+    root of their inverse covariance, W W' = S^-1. S is shrunk (Ledoit and Wolf 2004)."""
     r = in_parts(gan.residual, x)
-    fit = covariance.LedoitWolf().fit(r.cpu())
-    white = torch.linalg.cholesky(torch.tensor(fit.precision_))
-    return torch.tensor(fit.location_).to(r), white.to(r).contiguous()
+    model = covariance.LedoitWolf().fit(r.cpu())
+    white = torch.linalg.cholesky(torch.tensor(model.precision_))
+    return torch.tensor(model.location_).to(r), white.to(r).contiguous()
 
 
 def p_values(scores, calibration):
@@ -436,7 +436,7 @@ def p_values(scores, calibration):
     et al. 2023), of scores (N,), given the sorted ones (n,) of normal images that no net saw. Over
     draws of all, P(p <= alpha) <= alpha. By hand: p_values([2.5], [1., 2., 3.]) = 2 / 4"""
     n = len(calibration)
-    below = torch.searchsorted(calibration, scores * (1 - 1e-5))  # so near is a tie: rounding
+    below = torch.searchsorted(calibration, scores * (1 - 1e-5))  # nearly equal is equal: rounding
     return (1 + n - below).double() / (n + 1)
 
 
@@ -460,7 +460,7 @@ def pca_auroc(x, x_test, y_test):
 def cost(gan, x):
     """What a GAN costs: params and flops (of one image) of generator and discriminator. The
     generator is all that scoring takes: MB of weights, and microseconds per image on the device of
-    x (N, C, size, size), alone (us_1) and of 256 by 128s (us_256). And l1 = E[|x - x_hat|]."""
+    x (N, C, size, size), alone (us_1) and of 256 in parts (us_256). And l1 = E[|x - x_hat|]."""
     with FlopCounterMode(display=False) as counter:
         gan.d(gan.g(x[:1]).x_hat)
     params, params_g = (sum(map(torch.numel, net.parameters())) for net in (gan, gan.g))
@@ -576,27 +576,27 @@ def run(args):
     teacher, student = fresh(args.teacher_width), fresh(args.student_width)
     alone = fresh(args.student_width)
     both = args.epochs1 + args.epochs2
-    kw = {"x": x, "args": args, "watch": watch}
+    common = {"x": x, "args": args, "watch": watch}
     if args.teacher:
         path = Path(args.teacher)
         trained, _ = load_gan(path / folder.name / "teacher.pt" if path.is_dir() else path)
         teacher.load_state_dict(trained.state_dict())
     else:
         lr = args.lr_teacher / args.teacher_width
-        train_gan(teacher, epochs=args.epochs, lr=lr, stage="teacher", **kw)
+        train_gan(teacher, epochs=args.epochs, lr=lr, stage="teacher", **common)
     evaluate("teacher", teacher)
-    train_gan(alone, epochs=both, lr=args.lr_student, stage="student_alone", **kw)
+    train_gan(alone, epochs=both, lr=args.lr_student, stage="student_alone", **common)
     evaluate("student_alone", alone)
-    distill(teacher, student, epochs=args.epochs1, joint=False, stage="step1", **kw)
+    distill(teacher, student, epochs=args.epochs1, joint=False, stage="step1", **common)
     evaluate("step1", student)
-    peer = copy.deepcopy(teacher)  # step 2 trains it on; teacher.pt can start other runs
-    fine = {"rate": args.lr_step2, "rate_t": args.lr_step2_teacher}
-    distill(peer, student, epochs=args.epochs2, joint=True, stage="step2", **fine, **kw)
+    teacher2 = copy.deepcopy(teacher)  # step 2 trains it on; teacher.pt can start other runs
+    shares = {"rate": args.lr_step2, "rate_t": args.lr_step2_teacher}
+    distill(teacher2, student, epochs=args.epochs2, joint=True, stage="step2", **shares, **common)
     evaluate("step2", student)
-    evaluate("teacher_step2", peer)
+    evaluate("teacher_step2", teacher2)
     if args.ablation:
         rival_t, rival_s = fresh(args.teacher_width), fresh(args.student_width)
-        distill(rival_t, rival_s, epochs=both, joint=True, stage="joint_only", **kw)
+        distill(rival_t, rival_s, epochs=both, joint=True, stage="joint_only", **common)
         evaluate("joint_only", rival_s)
     result = {"normal": name, "auroc": plain, "auroc_whitened": whitened, "curve": curve}
     result |= {"images_per_second": speed, "seconds": time.perf_counter() - began}

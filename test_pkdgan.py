@@ -888,7 +888,7 @@ BAD_INPUT = [  # exit code, words of the message, flags
     (1, ["bad image/train/good/1.png"], [*FOLDER, "bad image"]),
     (1, ["bad truncated/train/good/1.png"], [*FOLDER, "bad truncated"]),
     (1, ["bad 16 bits/train/good/1.png", "8 bits"], [*FOLDER, "bad 16 bits"]),
-    (1, ["teacher 1/20", "NaN", "learning rates"], ["--lr-teacher", "1e25"]),
+    (1, ["teacher 1/20", "overflow", "--lr-"], ["--lr-teacher", "1e25"]),
     (1, ["Not a directory", "a file"], ["--out", "a file"]),
     (1, ["/proc"], ["--out", "/proc"]),
     (2, ["test_size"], ["--holdout", "1"]),
