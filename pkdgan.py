@@ -426,7 +426,7 @@ def whitening(gan, x):
     """(m (z_dim,), W (z_dim, z_dim)) of the residuals r of training images x: their mean, and a
     root of their inverse covariance, W W' = S^-1. S is shrunk (Ledoit and Wolf 2004)."""
     r = in_parts(gan.residual, x)
-    model = covariance.LedoitWolf().fit(r.cpu())
+    model = covariance.LedoitWolf().fit(r.double().cpu())
     white = torch.linalg.cholesky(torch.tensor(model.precision_))
     return torch.tensor(model.location_).to(r), white.to(r).contiguous()
 

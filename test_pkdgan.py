@@ -542,6 +542,16 @@ def test_whitening_does_without_more_images_than_dimensions():
     assert scores.isfinite().all() and scores.std() > 0
 
 
+def test_whitening_of_directions_that_hardly_vary(monkeypatch):
+    """Found on CIFAR-10's cats: inverted in float32, such a covariance has no root."""
+    r = torch.randn(4000, 256, generator=torch.Generator().manual_seed(0))
+    r[:, 1:] *= 1e-3
+    monkeypatch.setattr(pk, "in_parts", lambda f, x: r)
+    mean, white = pk.whitening(gan(1), None)
+    assert white.dtype == mean.dtype == torch.float32
+    assert ((r - mean) @ white).std(0)[0].item() == pytest.approx(1, abs=0.05)
+
+
 def test_auroc_is_in_percent_with_anomalies_high_plain_and_whitened(monkeypatch):
     """One residual of two numbers an image: the first is large on training images, too."""
     y = tensor(0, 0, 1, 1)
