@@ -519,9 +519,7 @@ def load_images(dataset, root, size):
         if dataset != "mnist":
             classes = train.classes
     x, x_test, c, c_test = map(torch.as_tensor, parts)
-    x, x_test = (  # contiguous: images with channels last in memory train half as fast
-        t.reshape(*t.shape[:3], -1).permute(0, 3, 1, 2).contiguous() for t in (x, x_test)
-    )
+    x, x_test = (t.reshape(*t.shape[:3], -1).permute(0, 3, 1, 2) for t in (x, x_test))
     return TF.resize(x, size), c, TF.resize(x_test, size), c_test, classes
 
 
