@@ -1,4 +1,4 @@
-"""Tests of pkdgan.py and run_all.sh: offline, two to three minutes on two cores, by `pytest`."""
+"""Tests of pkdgan.py and run_all.sh: offline, one to three minutes on two cores, by `pytest`."""
 
 import argparse
 import hashlib
@@ -900,7 +900,7 @@ BAD_INPUT = [  # exit code, words of the message, flags
     (2, ["--size", "16, 32, 64"], ["--size", "24"]),
     (2, ["--size", "16, 32, 64"], ["--size", "1073741824"]),
     (1, ["foreign/digits-8-seed0/teacher.pt"], ["--teacher", "foreign"]),
-    (1, ["teacher", "learning rate"], ["--lr-teacher", "nan"]),
+    (1, ["teacher", "--lr-"], ["--lr-teacher", "nan"]),
     (2, ["--what"], ["--what"]),
     (1, ["nosuch"], ["--device", "nosuch"]),
     (1, ["MNIST in empty", "online"], ["--dataset", "mnist", "--data", "empty"]),
