@@ -75,7 +75,7 @@ SETTINGS = {  # each is a flag; PER_DATASET overrides these, for digits, the def
     "z_dim": 256,  # numbers in a code z or z_hat, teacher and student alike
     "batch": 64,  # images per update
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
-    "epochs1": 20,  # of step 1; after 8 CIFAR-10's students were up to a point worse
+    "epochs1": 20,  # of step 1; after 8 CIFAR-10's students were up to a point worse, whitened
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
     "epoch_images": 1,  # a set is shown as often in an epoch as this number of images allows
     "lr_teacher": 0.032,  # the teacher's learning rate times its width: 2.5e-4 at 128, 1e-3 at 32
