@@ -80,12 +80,12 @@ SETTINGS = {  # each is a flag; PER_DATASET overrides these, for digits, the def
     "epoch_images": 1,  # a set is shown as often in an epoch as this number of images allows
     "lr_teacher": 0.032,  # the teacher's learning rate times its width: 2.5e-4 at 128, 1e-3 at 32
     "lr_student": 2e-3,  # the student's learning rate
-    "lr_step2": 0.5,  # share of lr_student in step 2
+    "lr_step2": 0.5,  # share of lr_student in step 2; 0.2 was as good
     "lr_step2_teacher": 0.01,  # of the teacher's rate; at more its codes of anomalies come to agree
     "w_adv": 1.0,  # weight of a GAN's adversarial loss
     "w_con": 1.0,  # weight of a GAN's contextual loss
     "w_lat": 1.0,  # weight of a GAN's latent loss
-    "kd_inter": 100.0,  # weight of the intermediate distillation loss; far above w_*, for step 2
+    "kd_inter": 100.0,  # weight of the intermediate distillation loss; far above w_*, see README
     "kd_latent": 100.0,  # weight of the latent distillation loss
     "kd_adv": 10.0,  # weight of the adversarial distillation loss; at 100 it outweighs the others
 }
@@ -110,7 +110,7 @@ def parse(argv=None):
         how = {"type": type(default), "choices": choices.get(name)}
         if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + name.replace("_", "-"), default=default, **how)
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **how)
     parser.set_defaults(**PER_DATASET[parser.parse_args(argv).dataset])
     args = parser.parse_args(argv)
     args.student_width = args.student_width or max(1, args.teacher_width // 12)
@@ -383,7 +383,7 @@ def fit(rates, losses, x, args, epochs, stage, watch):
             with amp:
                 loss_d, loss_g = losses(index % len(x))
             # D's descend loss_d, G's loss_g, no other net moves. Both gradients are taken before
-            # either moves (as GANomaly's are), so one D(x_hat) serves both.
+            # either moves (as GANomaly's are), so L_D and L_adv share D(x_hat).
             opt.zero_grad()
             loss_d.backward(inputs=d, retain_graph=True)
             loss_g.backward(inputs=g)
@@ -434,7 +434,7 @@ def whitening(gan, x):
 def p_values(scores, calibration):
     """p = (1 + number of calibration scores >= score) / (n + 1), conformal (Vovk et al. 2005, Bates
     et al. 2023), of scores (N,), given the sorted ones (n,) of normal images that no net saw. Over
-    draws of all, P(p <= alpha) <= alpha. By hand: p_values([2.5], [1., 2., 3.]) = 2 / 4"""
+    draws of images, P(p <= alpha) <= alpha. By hand: p_values([2.5], [1., 2., 3.]) = 2 / 4"""
     n = len(calibration)
     below = torch.searchsorted(calibration, scores * (1 - 1e-5))  # nearly equal is equal: rounding
     return (1 + n - below).double() / (n + 1)
@@ -469,8 +469,7 @@ def cost(gan, x):
         some = x[torch.arange(n) % len(x)]
         seconds = timeit.repeat(lambda some=some: score(gan, some).cpu(), number=1, repeat=11)
         found[f"us_{n}"] = 1e6 / n * min(seconds)  # the others were disturbed
-    x_hat = in_parts(lambda part: gan.g(part).x_hat, x)
-    return found | {"l1": contextual_loss(x, x_hat).item()}
+    return found | {"l1": contextual_loss(x, in_parts(lambda part: gan.g(part).x_hat, x)).item()}
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -578,7 +577,7 @@ def run(args):
     if args.teacher:
         path = Path(args.teacher)
         trained, _ = load_gan(path / folder.name / "teacher.pt" if path.is_dir() else path)
-        teacher.load_state_dict(trained.state_dict())
+        teacher.load_state_dict(trained.state_dict() | dict(teacher.named_buffers()))
     else:
         lr = args.lr_teacher / args.teacher_width
         train_gan(teacher, epochs=args.epochs, lr=lr, stage="teacher", **common)
@@ -674,9 +673,8 @@ def save(folder, result, teacher, student, x, x_held, x_test, y_test):
         # the export is last: if this torch fails at it, the rest is there (and an old student.pt2)
         student.requires_grad_(False)
         del student.d  # scoring takes the generator alone
-        exported = torch.export.export(
-            student, (x_test[:2].clone(),), dynamic_shapes=({0: torch.export.Dim.AUTO},)
-        )
+        any_batch = {0: torch.export.Dim.AUTO}
+        exported = torch.export.export(student, (x_test[:2].clone(),), dynamic_shapes=(any_batch,))
         torch.export.save(exported, part / "student.pt2")
         (part / "student.pt2").replace(folder / "student.pt2")
     print(f"\nin {folder}: result.json, samples.png, teacher.pt, student.pt, student.pt2")

@@ -857,6 +857,9 @@ def test_students_of_a_teacher_that_is_there(traced, tmp_path, monkeypatch, caps
     assert exit_code(*flags, "--teacher", str(tmp_path / "none")) == 1
     assert "none is no whole" in capsys.readouterr().err
     assert exit_code(*flags, "--teacher", str(out), "--z-dim", "7") == 1
+    pk.run(pk.parse([*flags, "--teacher", str(out), "--no-whiten"]))
+    net, _ = pk.load_gan(tmp_path / "digits-3-seed0" / "teacher.pt")
+    assert not net.mean.any()  # that of the file was whitened
 
 
 def test_no_whiten_leaves_the_papers_plain_score(tmp_path):
