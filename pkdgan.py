@@ -21,12 +21,14 @@ one normal class only:
 
 They learn to reconstruct normal images and their codes. An anomaly's two codes disagree:
 ||z - z_hat||_2 is the anomaly score [paper], here of z - z_hat whitened on normal images [ours].
-Four stages; G learns by L_G (gan_losses) or L_KD (distillation_losses), D by its loss there:
+Four stages; generators learn by L_G (gan_losses) or L_KD (distillation_losses):
 
-    teacher         train_gan: L_G, for epochs
-    student alone   train_gan: L_G, for epochs1 + epochs2, the baseline
-    step 1          distill: a fresh student, the basics: L_KD, for epochs1; the teacher is frozen
-    step 2          distill, joint: student, L_KD + L_G; teacher, L_G, slowly; for epochs2
+    teacher         train_gan: L_G, for epochs; D tells x (real) from x_hat (fake)
+    student alone   train_gan: the same, for epochs1 + epochs2: the baseline
+    step 1          distill: a fresh student, L_KD, for epochs1; D tells x_hat_t (real) from x_hat_s
+                    (fake); the teacher is frozen
+    step 2          distill, joint, for epochs2: the student goes on by L_KD + L_G and both tasks
+                    of D; the teacher goes on as in its own stage, at a much lower rate
 """
 
 import argparse
@@ -55,7 +57,7 @@ torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on CUDA, too
 VERSION = 5  # of the method and the files: raised when a change makes earlier results incomparable
 
 # ----------------------------------------------------------------------------------------- settings
-SETTINGS = {  # each is a flag; PER_DATASET overrides these, for digits, the default, too
+SETTINGS = {  # each is a flag; PER_DATASET overrides some, for the default digits, too
     "dataset": "digits",  # digits, mnist, fmnist, cifar10 or folder
     "normal": "0",  # the normal class, by index or name
     "data": "data",  # where data sets are or go to; for folder, what has train/ and test/
@@ -71,25 +73,25 @@ SETTINGS = {  # each is a flag; PER_DATASET overrides these, for digits, the def
     "ablation": False,  # also the single-step rival: joint from random weights, at full rates
     "size": 32,  # images become size x size; a power of two from 16
     "teacher_width": 128,  # channels of the teacher's first block
-    "student_width": 0,  # of the student's; 0: a twelfth of the teacher's, 80 to 110 times cheaper
+    "student_width": 0,  # of the student's; 0: a twelfth of the teacher's, 80 times cheaper or more
     "z_dim": 256,  # numbers in a code z or z_hat, teacher and student alike
     "batch": 64,  # images per update
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
     "epochs1": 20,  # of step 1; after 8 CIFAR-10's students were up to a point worse, whitened
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
-    "epoch_images": 1,  # a set is shown as often in an epoch as this number of images allows
+    "epoch_images": 1,  # small sets are repeated within an epoch, up to this many images
     "lr_teacher": 0.032,  # the teacher's learning rate times its width: 2.5e-4 at 128, 1e-3 at 32
     "lr_student": 2e-3,  # the student's learning rate
     "lr_step2": 0.5,  # share of lr_student in step 2; 0.2 was as good
-    "lr_step2_teacher": 0.01,  # of the teacher's rate; at more its codes of anomalies come to agree
+    "lr_step2_teacher": 0.01,  # of the teacher's rate; higher, it learns to copy anomalies' codes
     "w_adv": 1.0,  # weight of a GAN's adversarial loss
     "w_con": 1.0,  # weight of a GAN's contextual loss
     "w_lat": 1.0,  # weight of a GAN's latent loss
-    "kd_inter": 100.0,  # weight of the intermediate distillation loss; far above w_*, see README
+    "kd_inter": 100.0,  # weight of the intermediate distillation loss; 10 lost more in step 2
     "kd_latent": 100.0,  # weight of the latent distillation loss
     "kd_adv": 10.0,  # weight of the adversarial distillation loss; at 100 it outweighs the others
 }
-PER_DATASET = {  # FLOPs at least the paper's 24.45 (CIFAR-10), 311.11 (MNIST), 700 (Fashion) : 1
+PER_DATASET = {  # FLOPs ratios at least the paper's: CIFAR-10 24.45, MNIST 311.11, Fashion 700
     "digits": {"epochs": 20, "epochs1": 40, "epochs2": 10, "lr_student": 5e-3, "batch": 16}
     | {"normal": "8", "teacher_width": 32, "student_width": 4, "w_con": 10.0},
     "mnist": {"student_width": 5, "lr_student": 5e-3, "w_con": 10.0},
@@ -107,10 +109,10 @@ def parse(argv=None):
     parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
     choices = {"dataset": PER_DATASET, "size": (16, 32, 64, 128, 256, 512)}
     for name, default in SETTINGS.items():
-        how = {"type": type(default), "choices": choices.get(name)}
+        options = {"type": type(default), "choices": choices.get(name)}
         if isinstance(default, bool):
-            how = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **how)
+            options = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **options)
     parser.set_defaults(**PER_DATASET[parser.parse_args(argv).dataset])
     args = parser.parse_args(argv)
     args.student_width = args.student_width or max(1, args.teacher_width // 12)
@@ -372,7 +374,7 @@ def fit(rates, losses, x, args, epochs, stage, watch):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         opt, list(rates.values()), updates, pct_start=0.15, cycle_momentum=False
     )  # pct_start: at 0.1 torch divides by 0 where there are 10 updates
-    # convolutions in bfloat16 where native; without a cache of casts, gradients add in float32
+    # convolutions in bfloat16 where native; a cache of casts would sum a weight's gradients in it
     kind = x.device.type
     amp = torch.autocast(kind, torch.bfloat16, native_bf16(kind), cache_enabled=False)
     start = time.perf_counter()
@@ -405,8 +407,8 @@ def native_bf16(kind):
     """Whether a kind of device, "cpu" or "cuda", has bfloat16 in hardware."""
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    return kind == "cpu" and any(has for name, has in able.items() if "bf16" in name)
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # dict: an older torch does not tell
+    return kind == "cpu" and any(has for name, has in flags.items() if "bf16" in name)
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -468,7 +470,7 @@ def cost(gan, x):
     for n in (1, 256):
         some = x[torch.arange(n) % len(x)]
         seconds = timeit.repeat(lambda some=some: score(gan, some).cpu(), number=1, repeat=11)
-        found[f"us_{n}"] = 1e6 / n * min(seconds)  # the others were disturbed
+        found[f"us_{n}"] = 1e6 / n * min(seconds)  # the least disturbed
     return found | {"l1": contextual_loss(x, in_parts(lambda part: gan.g(part).x_hat, x)).item()}
 
 
@@ -477,7 +479,7 @@ def read_image(path, size):
     """An image file, turned upright by its EXIF flag, as uint8 (3, size, size). Raises OSError."""
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":  # Pillow would clip these to 255
+            if image.mode[0] in "IF":  # grey beyond 8 bits, which Pillow would clip to 255
                 raise ValueError("it has more than 8 bits a channel")
             image = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # decoders raise all sorts on broken bytes
@@ -486,7 +488,7 @@ def read_image(path, size):
 
 
 def load_folder(root, size):
-    """load_images() of train/<class>/* and test/<class>/* under root, the layout of MVTec AD."""
+    """load_images() of root/train/<class>/* and root/test/<class>/*, MVTec AD's layout."""
     train, test = (
         torchvision.datasets.ImageFolder(root / split, loader=lambda path: read_image(path, size))
         for split in ("train", "test")
@@ -543,7 +545,7 @@ def load_task(args, device):
 
 # ---------------------------------------------------------------------------------------------- run
 def run(args):
-    """Train, evaluate, print, and write to a folder in args.out. Returns what result.json has."""
+    """Train, evaluate, save. Returns what result.json has; raises as load_task, load_gan, fit."""
     began = time.perf_counter()
     x, x_test, y_test, name = load_task(args, args.device)
     folder = make_folder(args, name)
@@ -572,17 +574,17 @@ def run(args):
 
     teacher, student = fresh(args.teacher_width), fresh(args.student_width)
     alone = fresh(args.student_width)
-    both = args.epochs1 + args.epochs2
+    epochs_both = args.epochs1 + args.epochs2
     common = {"x": x, "args": args, "watch": watch}
     if args.teacher:
         path = Path(args.teacher)
         trained, _ = load_gan(path / folder.name / "teacher.pt" if path.is_dir() else path)
-        teacher.load_state_dict(trained.state_dict() | dict(teacher.named_buffers()))
+        teacher.load_state_dict(trained.state_dict() | dict(teacher.named_buffers()))  # unwhitened
     else:
         lr = args.lr_teacher / args.teacher_width
         train_gan(teacher, epochs=args.epochs, lr=lr, stage="teacher", **common)
     evaluate("teacher", teacher)
-    train_gan(alone, epochs=both, lr=args.lr_student, stage="student_alone", **common)
+    train_gan(alone, epochs=epochs_both, lr=args.lr_student, stage="student_alone", **common)
     evaluate("student_alone", alone)
     distill(teacher, student, epochs=args.epochs1, joint=False, stage="step1", **common)
     evaluate("step1", student)
@@ -593,7 +595,7 @@ def run(args):
     evaluate("teacher_step2", teacher2)
     if args.ablation:
         rival_t, rival_s = fresh(args.teacher_width), fresh(args.student_width)
-        distill(rival_t, rival_s, epochs=both, joint=True, stage="joint_only", **common)
+        distill(rival_t, rival_s, epochs=epochs_both, joint=True, stage="joint_only", **common)
         evaluate("joint_only", rival_s)
     result = {"normal": name, "auroc": plain, "auroc_whitened": whitened, "curve": curve}
     result |= {"images_per_second": speed, "seconds": time.perf_counter() - began}
@@ -605,7 +607,7 @@ def run(args):
 
 
 def make_folder(args, name):
-    """The folder for the results of a task, given its normal class."""
+    """The folder for the results of a task, given its normal class's name. Raises OSError."""
     dataset = Path(args.data).resolve().name if args.dataset == "folder" else args.dataset
     folder = Path(
         args.out, f"{dataset}-{name}-seed{args.seed}{'-val' * args.val}".replace("/", "-")
@@ -654,7 +656,8 @@ def print_tables(result):
 
 
 def save(folder, result, teacher, student, x, x_held, x_test, y_test):
-    """Write the nets, with the whitening of training images x, the pictures and the result."""
+    """Write the nets, with the whitening of training images x, the pictures and the result. The
+    last use of the nets: leaves them on the CPU, the student without D. Raises OSError."""
     with tempfile.TemporaryDirectory(dir=folder) as part:  # files appear whole or not at all
         part = Path(part)
         (part / "result.json").write_text(json.dumps(result, indent=1))

@@ -4,7 +4,7 @@
 #   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs bash run_all.sh [pkdgan.py's flags]
 #   sbatch --array=0-29 run_all.sh           # Slurm: each task of the array does its share
 #   JOBS=0 bash run_all.sh                   # nothing but the table of what there is
-# JOBS runs go at a time (have the data first). Stop this as you like: started again, it skips what has a result in OUT.
+# JOBS runs share the cores (have the data first). Stop this as you like: it then skips what has a result in OUT.
 set -aeuo pipefail -f # -a: the runs' processes have what follows, functions too
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) PYTHON=$(command -v python || command -v python3 || echo python3)
 [ -f "$HERE/pkdgan.py" ] || HERE=$SLURM_SUBMIT_DIR # Slurm starts a copy that lies elsewhere
@@ -15,7 +15,6 @@ fail() { echo "run_all.sh: $*" >&2 && exit 2; }
 for flag; do case $flag in --dataset* | --normal* | --seed* | --out* | --score*)
   fail "$flag: set DATASETS, NORMALS, SEEDS or OUT before the command instead" ;; esac; done
 RUNS=$(for d in $DATASETS; do for s in $SEEDS; do for n in $NORMALS; do echo "$d $s $n"; done; done; done)
-[ -n "$RUNS" ] || fail "nothing to run: DATASETS, SEEDS or NORMALS is blank"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   share=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
   ((share < SLURM_ARRAY_TASK_COUNT)) || fail "--array must be one range, such as 0-29"
@@ -25,7 +24,8 @@ results() { # results todo FLAGS: a line "DATASET SEED NORMAL LOG" for each; res
   "$PYTHON" - "$@" <<'END'
 import contextlib, json, os, pathlib, statistics, sys
 sys.path.insert(0, os.environ["HERE"]); import pkdgan, torch
-(mode, *flags), out, have, got, asked = sys.argv[1:], pathlib.Path(os.environ["OUT"]), [], {}, []
+(mode, *flags), out = sys.argv[1:], pathlib.Path(os.environ["OUT"])
+have, runs, found = [], [], {}  # all results in OUT; the runs asked for, (title, seed, normal); their results
 for file in out.glob("*-seed*/result.json"):
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # another program's, just removed
         r = json.loads(file.read_text())
@@ -34,35 +34,35 @@ for file in out.glob("*-seed*/result.json"):
         have += [r] * (r["version"] == pkdgan.VERSION)
 for d, s, n in map(str.split, os.environ["RUNS"].splitlines()):
     want = vars(pkdgan.parse([*flags, "--dataset", d, "--seed", s, "--normal", n]))
-    asked += [(pathlib.Path(want["data"]).resolve().name if d == "folder" else d, s, n)]
-    for r in have:  # an unasked rival or curve does no harm; a table may be made elsewhere
+    runs += [run := (pathlib.Path(want["data"]).resolve().name if d == "folder" else d, s, n)]
+    for r in have:  # settings may differ in what changes no figure; a rival or a curve may be there unasked
         free = {key: r["settings"][key] for key in ("out", "device", "alpha", "normal", "score")}
         free |= {key: want[key] or r["settings"][key] for key in ("ablation", "curve")}
-        if want | free == r["settings"] and n in (r["normal"], free["normal"]):
-            if mode == "table" or r["bf16"] == pkdgan.native_bf16(torch.device(want["device"]).type):
-                got[asked[-1]] = r
-    if mode == "todo" and asked[-1] not in got:
-        print(d, s, n, out / f"{asked[-1][0]}-{n}-seed{s}.log".replace("/", "-"))
-len({id(r) for r in got.values()}) < len(got) and sys.exit("run_all.sh: one run is named twice")
-for title in dict.fromkeys(title for title, *_ in asked) if mode == "table" else ():
-    seeds, normals = (list(dict.fromkeys(run[i] for run in asked if run[0] == title)) for i in (1, 2))
-    mine = [r for run, r in got.items() if run[0] == title]
-    rival = ["joint_only"] * any("joint_only" in r["auroc"] for r in mine)
-    keys = ["teacher", "student_alone", "step1", "step2", "gain", *rival]
+        same_precision = r["bf16"] == pkdgan.native_bf16(torch.device(want["device"]).type)
+        if want | free == r["settings"] and n in (r["normal"], free["normal"]) and (same_precision or mode == "table"):
+            found[run] = r
+    if mode == "todo" and run not in found:
+        print(d, s, n, out / f"{run[0]}-{n}-seed{s}.log".replace("/", "-"))
+mode == "todo" and sys.exit()
+for title in dict.fromkeys(title for title, *_ in runs):
+    seeds, normals = (list(dict.fromkeys(run[i] for run in runs if run[0] == title)) for i in (1, 2))
+    mine = [r for run, r in found.items() if run[0] == title]
+    keys = ["teacher", "student_alone", "step1", "step2", "gain"]
+    keys += ["joint_only"] * any("joint_only" in r["auroc"] for r in mine)
     print(f"\n| {title}, AUROC in %, plain / whitened | {' | '.join(keys)} | seeds |\n|" + "---|" * (len(keys) + 2))
     for name, group in [*((n, [n]) for n in normals), ("mean", normals)]:
-        full = [s for s in seeds if all((title, s, n) in got for n in group)]
-        for key in keys:  # plain / whitened, mean ± std over the seeds that have the whole group
+        full = [s for s in seeds if all((title, s, n) in found for n in group)]
+        for key in keys:  # mean and standard deviation over the seeds that have the whole group
             cell = []
             for kind in ("auroc", "auroc_whitened"):
-                runs = [[got[title, s, n][kind] for n in group] for s in full]
-                means = [statistics.mean(r[key] for r in rs) for rs in runs if all(key in r for r in rs)]
+                of_seeds = [[found[title, s, n][kind] for n in group] for s in full]
+                means = [statistics.mean(r[key] for r in rs) for rs in of_seeds if all(key in r for r in rs)]
                 spread = f" ± {statistics.stdev(means):.2f}" if len(means) > 1 else ""
                 cell += [f"{statistics.mean(means):.2f}{spread}"] if means else []
             name += f" | {' / '.join(cell) or 'missing'}"
         print(f"| {name} | {len(full)} of {len(seeds)} |")
     print(*{f"\n{r['split']} split, {r['device']}, torch {r['versions']['torch']}, FLOPs {r['ratio']:.2f} : 1" for r in mine})
-sys.exit(mode == "table" and len(got) < len(asked))
+sys.exit(len(found) < len(runs))
 END
 }
 one() { # one "DATASET SEED NORMAL LOG" FLAGS
@@ -82,4 +82,5 @@ if ((JOBS > 0)); then
   trap 'rm -f "$TALLY"' EXIT && trap 'echo "interrupted; the same command goes on" >&2; exit 130' INT
   printf %s "$todo" | tr '\n' '\0' | xargs -0 -P "$JOBS" -I{} bash -c 'one "$@"' _ {} "$@" || failed=1
 fi
-[ -n "${SLURM_ARRAY_TASK_ID:-}" ] || results table "$@" && exit "${failed:-0}"
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || exit "${failed:-0}" # the table would lack the other tasks' runs
+results table "$@" && exit "${failed:-0}" # fails, too, if a result is missing
