@@ -83,11 +83,11 @@ SETTINGS = {  # each is a flag; PER_DATASET overrides some, for the default digi
     "lr_teacher": 0.032,  # the teacher's learning rate times its width: 2.5e-4 at 128, 1e-3 at 32
     "lr_student": 2e-3,  # the student's learning rate
     "lr_step2": 0.5,  # share of lr_student in step 2; 0.2 was as good
-    "lr_step2_teacher": 0.01,  # of the teacher's rate; higher, it learns to copy anomalies' codes
+    "lr_step2_teacher": 0.01,  # share of the teacher's rate in step 2; higher, its AUROC falls
     "w_adv": 1.0,  # weight of a GAN's adversarial loss
     "w_con": 1.0,  # weight of a GAN's contextual loss
     "w_lat": 1.0,  # weight of a GAN's latent loss
-    "kd_inter": 100.0,  # weight of the intermediate distillation loss; 10 lost more in step 2
+    "kd_inter": 100.0,  # weight of the intermediate distillation loss; 10 did as well
     "kd_latent": 100.0,  # weight of the latent distillation loss
     "kd_adv": 10.0,  # weight of the adversarial distillation loss; at 100 it outweighs the others
 }
