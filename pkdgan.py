@@ -374,7 +374,8 @@ def fit(rates, losses, x, args, epochs, stage, watch):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         opt, list(rates.values()), updates, pct_start=0.15, cycle_momentum=False
     )  # pct_start: at 0.1 torch divides by 0 where there are 10 updates
-    # convolutions in bfloat16 where native; a cache of casts would sum a weight's gradients in it
+    # convolutions in bfloat16 where native; weights are cast anew at each use (no cache), so that
+    # their gradients are summed in float32
     kind = x.device.type
     amp = torch.autocast(kind, torch.bfloat16, native_bf16(kind), cache_enabled=False)
     start = time.perf_counter()
