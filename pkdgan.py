@@ -57,7 +57,7 @@ torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on CUDA, too
 VERSION = 5  # of the method and the files: raised when a change makes earlier results incomparable
 
 # ----------------------------------------------------------------------------------------- settings
-SETTINGS = {  # each is a flag; PER_DATASET overrides some, for the default digits, too
+SETTINGS = {  # each is a flag; where PER_DATASET has a value, that is the default
     "dataset": "digits",  # digits, mnist, fmnist, cifar10 or folder
     "normal": "0",  # the normal class, by index or name
     "data": "data",  # where data sets are or go to; for folder, what has train/ and test/
@@ -71,16 +71,16 @@ SETTINGS = {  # each is a flag; PER_DATASET overrides some, for the default digi
     "holdout": 0.0,  # share of the normal training images to hold out for p-values
     "alpha": 0.05,  # share of false alarms that --score accepts
     "ablation": False,  # also the single-step rival: joint from random weights, at full rates
-    "size": 32,  # images become size x size; a power of two from 16
+    "size": 32,  # images become size x size; a power of two (memory holds all)
     "teacher_width": 128,  # channels of the teacher's first block
     "student_width": 0,  # of the student's; 0: a twelfth of the teacher's, 80 times cheaper or more
     "z_dim": 256,  # numbers in a code z or z_hat, teacher and student alike
     "batch": 64,  # images per update
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
-    "epochs1": 20,  # of step 1; after 8 CIFAR-10's students were up to a point worse, whitened
+    "epochs1": 20,  # of step 1; 8 made CIFAR-10's a point worse whitened, a point better plain
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
     "epoch_images": 1,  # small sets are repeated within an epoch, up to this many images
-    "lr_teacher": 0.032,  # the teacher's learning rate times its width: 2.5e-4 at 128, 1e-3 at 32
+    "lr_teacher": 0.032,  # divided by teacher_width, the teacher's rate: 2.5e-4 at 128, 1e-3 at 32
     "lr_student": 2e-3,  # the student's learning rate
     "lr_step2": 0.5,  # share of lr_student in step 2; 0.2 was as good
     "lr_step2_teacher": 0.01,  # share of the teacher's rate in step 2; higher, its AUROC falls
@@ -104,7 +104,7 @@ PER_DATASET = {  # FLOPs ratios at least the paper's: CIFAR-10 24.45, MNIST 311.
 def parse(argv=None):
     """Settings (a namespace) from a command line, sys.argv by default. Bad usage exits with 2."""
     parser = argparse.ArgumentParser(
-        "pkdgan.py", argparse.SUPPRESS, "Their meaning: SETTINGS, at the top of pkdgan.py."
+        "pkdgan.py", argparse.SUPPRESS, "What the flags mean: SETTINGS, at the top of pkdgan.py."
     )
     parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
     choices = {"dataset": PER_DATASET, "size": (16, 32, 64, 128, 256, 512)}
@@ -310,7 +310,7 @@ def distill(teacher, student, x, args, *, joint, rate=1.0, rate_t=1.0, **how):
     rates = {student: rate * args.lr_student}
     if joint:
         rates[teacher] = rate_t * args.lr_teacher / args.teacher_width
-    else:  # what a frozen teacher makes of an image is the same in every epoch: once will do
+    else:  # what a frozen teacher makes of an image is the same in every epoch
         parts = [teacher.g(part, maps=True) for part in x.split(128)]
         made_t = list(map(torch.cat, zip(*parts)))  # the fields of Generated, of all images
 
@@ -429,7 +429,7 @@ def whitening(gan, x):
     """(m (z_dim,), W (z_dim, z_dim)) of the residuals r of training images x: their mean, and a
     root of their inverse covariance, W W' = S^-1. S is shrunk (Ledoit and Wolf 2004)."""
     r = in_parts(gan.residual, x)
-    model = covariance.LedoitWolf().fit(r.double().cpu())
+    model = covariance.LedoitWolf().fit(r.cpu().double())
     white = torch.linalg.cholesky(torch.tensor(model.precision_))
     return torch.tensor(model.location_).to(r), white.to(r).contiguous()
 

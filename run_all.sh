@@ -22,47 +22,46 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 results() { # results todo FLAGS: a line "DATASET SEED NORMAL LOG" for each; results table FLAGS
   "$PYTHON" - "$@" <<'END'
-import contextlib, json, os, pathlib, statistics, sys
+import contextlib, json, os, pathlib, statistics as st, sys
 sys.path.insert(0, os.environ["HERE"]); import pkdgan, torch
 (mode, *flags), out = sys.argv[1:], pathlib.Path(os.environ["OUT"])
-have, runs, found = [], [], {}  # all results in OUT; the runs asked for, (title, seed, normal); their results
+have, found = [], {}  # results in OUT; those of the runs asked for, (title, seed, normal): None or a result
 for file in out.glob("*-seed*/result.json"):
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # another program's, just removed
         r = json.loads(file.read_text())
         for auroc in (r["auroc"], r["auroc_whitened"]):
             auroc["gain"] = auroc["step2"] - auroc["student_alone"]
-        have += [r] * (r["version"] == pkdgan.VERSION)
+        have += [r] if r["version"] == pkdgan.VERSION else []
 for d, s, n in map(str.split, os.environ["RUNS"].splitlines()):
     want = vars(pkdgan.parse([*flags, "--dataset", d, "--seed", s, "--normal", n]))
-    runs += [run := (pathlib.Path(want["data"]).resolve().name if d == "folder" else d, s, n)]
-    for r in have:  # settings may differ in what changes no figure; a rival or a curve may be there unasked
-        free = {key: r["settings"][key] for key in ("out", "device", "alpha", "normal", "score")}
-        free |= {key: want[key] or r["settings"][key] for key in ("ablation", "curve")}
-        same_precision = r["bf16"] == pkdgan.native_bf16(torch.device(want["device"]).type)
-        if want | free == r["settings"] and n in (r["normal"], free["normal"]) and (same_precision or mode == "table"):
+    bf16 = (True, False) if mode == "table" else [pkdgan.native_bf16(torch.device(want["device"]).type)]
+    run = (pathlib.Path(want["data"]).resolve().name if d == "folder" else d), s, n
+    found[run] = None
+    for r in have:  # it is this run's if all settings are equal but those that change no figure
+        its = r["settings"]
+        ignored = {key: its[key] for key in ("out", "device", "alpha", "normal", "score")}
+        unasked = {key: want[key] or its[key] for key in ("ablation", "curve")}  # may be there all the same
+        if want | ignored | unasked == its and n in (r["normal"], its["normal"]) and r["bf16"] in bf16:
             found[run] = r
-    if mode == "todo" and run not in found:
+    if mode == "todo" and not found[run]:
         print(d, s, n, out / f"{run[0]}-{n}-seed{s}.log".replace("/", "-"))
 mode == "todo" and sys.exit()
-for title in dict.fromkeys(title for title, *_ in runs):
-    seeds, normals = (list(dict.fromkeys(run[i] for run in runs if run[0] == title)) for i in (1, 2))
-    mine = [r for run, r in found.items() if run[0] == title]
-    keys = ["teacher", "student_alone", "step1", "step2", "gain"]
-    keys += ["joint_only"] * any("joint_only" in r["auroc"] for r in mine)
+def cell(key, seeds):  # seeds: of each, its classes' results. Mean and deviation over seeds of means over classes
+    seeds = [rs for rs in seeds if all(key in r["auroc"] for r in rs)]
+    both = ([st.mean(r[kind][key] for r in rs) for rs in seeds] for kind in ("auroc", "auroc_whitened"))
+    cells = (f"{st.mean(m):.2f}" + (f" ± {st.stdev(m):.2f}" if len(m) > 1 else "") for m in both if m)
+    return " / ".join(cells) or "missing"
+for title in dict.fromkeys(title for title, *_ in found):
+    seeds, normals = (list(dict.fromkeys(run[i] for run in found if run[0] == title)) for i in (1, 2))
+    mine = [r for run, r in found.items() if r and run[0] == title]
+    rival = ["joint_only"] * any("joint_only" in r["auroc"] for r in mine)
+    keys = ["teacher", "student_alone", "step1", "step2", "gain", *rival]
     print(f"\n| {title}, AUROC in %, plain / whitened | {' | '.join(keys)} | seeds |\n|" + "---|" * (len(keys) + 2))
     for name, group in [*((n, [n]) for n in normals), ("mean", normals)]:
-        full = [s for s in seeds if all((title, s, n) in found for n in group)]
-        for key in keys:  # mean and standard deviation over the seeds that have the whole group
-            cell = []
-            for kind in ("auroc", "auroc_whitened"):
-                of_seeds = [[found[title, s, n][kind] for n in group] for s in full]
-                means = [statistics.mean(r[key] for r in rs) for rs in of_seeds if all(key in r for r in rs)]
-                spread = f" ± {statistics.stdev(means):.2f}" if len(means) > 1 else ""
-                cell += [f"{statistics.mean(means):.2f}{spread}"] if means else []
-            name += f" | {' / '.join(cell) or 'missing'}"
-        print(f"| {name} | {len(full)} of {len(seeds)} |")
+        full = [rs for rs in ([found[title, s, n] for n in group] for s in seeds) if all(rs)]  # the whole group's
+        print(f"| {name} | {' | '.join(cell(key, full) for key in keys)} | {len(full)} of {len(seeds)} |")
     print(*{f"\n{r['split']} split, {r['device']}, torch {r['versions']['torch']}, FLOPs {r['ratio']:.2f} : 1" for r in mine})
-sys.exit(len(found) < len(runs))
+sys.exit(None in found.values())
 END
 }
 one() { # one "DATASET SEED NORMAL LOG" FLAGS
