@@ -71,13 +71,13 @@ SETTINGS = {  # each is a flag; where PER_DATASET has a value, that is the defau
     "holdout": 0.0,  # share of the normal training images to hold out for p-values
     "alpha": 0.05,  # share of false alarms that --score accepts
     "ablation": False,  # also the single-step rival: joint from random weights, at full rates
-    "size": 32,  # images become size x size; a power of two (memory holds all)
+    "size": 32,  # images become size x size, a power of two; all are held in memory
     "teacher_width": 128,  # channels of the teacher's first block
     "student_width": 0,  # of the student's; 0: a twelfth of the teacher's, 80 times cheaper or more
     "z_dim": 256,  # numbers in a code z or z_hat, teacher and student alike
     "batch": 64,  # images per update
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
-    "epochs1": 20,  # of step 1; 8 made CIFAR-10's a point worse whitened, a point better plain
+    "epochs1": 20,  # of step 1; after 8, CIFAR-10's were a point worse whitened, better plain
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
     "epoch_images": 1,  # small sets are repeated within an epoch, up to this many images
     "lr_teacher": 0.032,  # divided by teacher_width, the teacher's rate: 2.5e-4 at 128, 1e-3 at 32

@@ -1372,6 +1372,7 @@ def test_run_all_table_by_hand(tmp_path):
     assert table["1"] == [*row, "-10.00 / -10.00", "50.00 / 51.00", "1 of 2"]
     assert table["2"] == [*NO_RESULT, "missing", "0 of 2"]
     assert table["mean"] == table["2"]  # never the mean of those that there are
+    assert run_all(out, JOBS="0", NORMALS="0 0 1").returncode == 0  # a class named twice is one
     table = rows(run_all(out, JOBS="0", SEEDS="0 1").stdout)
     row = [f"{value:.2f} / {value + 1:.2f}" for value in (90, 75, 85, 75)]
     assert table["mean"] == [*row, "0.00 / 0.00", "missing", "1 of 2"]
