@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision>=0.21", "scikit-learn"]
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "scikit-learn>=1.5"]
 # ///
 """P-KDGAN: one-class novelty detection by a tiny GAN that learned from a wide one.
 
@@ -455,7 +455,7 @@ def auroc(gan, x, x_test, y_test):
 def pca_auroc(x, x_test, y_test):
     """AUROC in percent of PCA's reconstruction error (90 % of the variance, at 32 x 32)."""
     x, x_test = (F.adaptive_avg_pool2d(t, 32).flatten(1).cpu().numpy() for t in (x, x_test))
-    pca = decomposition.PCA(0.9).fit(x)
+    pca = decomposition.PCA(0.9, svd_solver="covariance_eigh").fit(x)  # twice as fast as "full"
     errors = x_test - pca.inverse_transform(pca.transform(x_test))
     return 100 * metrics.roc_auc_score(y_test, (errors**2).sum(1))
 
@@ -470,7 +470,7 @@ def cost(gan, x):
     found = {"params": params, "flops": counter.get_total_flops(), "MB": 4e-6 * params_g}
     for n in (1, 256):
         some = x[torch.arange(n) % len(x)]
-        seconds = timeit.repeat(lambda some=some: score(gan, some).cpu(), number=1, repeat=11)
+        seconds = timeit.repeat(lambda: score(gan, some).cpu(), number=1, repeat=11)
         found[f"us_{n}"] = 1e6 / n * min(seconds)  # the least disturbed
     return found | {"l1": contextual_loss(x, in_parts(lambda part: gan.g(part).x_hat, x)).item()}
 
