@@ -520,7 +520,7 @@ def load_images(dataset, root, size):
         parts = train.data, test.data, train.targets, test.targets
         if dataset != "mnist":
             classes = train.classes
-    x, x_test, c, c_test = map(torch.as_tensor, parts)
+    x, x_test, c, c_test = map(torch.as_tensor, parts)  # x: (N, h, w), or (N, h, w, 3)
     x, x_test = (t.reshape(*t.shape[:3], -1).permute(0, 3, 1, 2) for t in (x, x_test))
     return TF.resize(x, size), c, TF.resize(x_test, size), c_test, classes
 
@@ -659,28 +659,28 @@ def print_tables(result):
 def save(folder, result, teacher, student, x, x_held, x_test, y_test):
     """Write the nets, with the whitening of training images x, the pictures and the result. The
     last use of the nets: leaves them on the CPU, the student without D. Raises OSError."""
-    with tempfile.TemporaryDirectory(dir=folder) as part:  # files appear whole or not at all
-        part = Path(part)
-        (part / "result.json").write_text(json.dumps(result, indent=1))
+    with tempfile.TemporaryDirectory(dir=folder) as new:  # files appear whole or not at all
+        new = Path(new)
+        (new / "result.json").write_text(json.dumps(result, indent=1))
         for name, gan in ("teacher.pt", teacher), ("student.pt", student):
             if result["settings"]["whiten"]:
                 gan.mean, gan.white = whitening(gan, x)
             gan.cpu()
             scores = torch.cat([score(gan, image) for image in x_held.split(1)])  # as --score
             content = {"version": VERSION, "form": gan.form, "weights": gan.state_dict()}
-            torch.save(content | {"calibration": scores.sort().values}, part / name)
+            torch.save(content | {"calibration": scores.sort().values}, new / name)
         some = torch.cat([x_test[~y_test][:8], x_test[y_test][:8]])
         rows = torch.cat([some, teacher.g(some).x_hat, student.g(some).x_hat])
-        torchvision.utils.save_image(rows / 2 + 0.5, part / "samples.png", nrow=16)
-        for file in sorted(part.iterdir(), reverse=True):  # the result after what it describes
+        torchvision.utils.save_image(rows / 2 + 0.5, new / "samples.png", nrow=16)
+        for file in sorted(new.iterdir(), reverse=True):  # result.json last
             file.replace(folder / file.name)
         # the export is last: if this torch fails at it, the rest is there (and an old student.pt2)
         student.requires_grad_(False)
         del student.d  # scoring takes the generator alone
         any_batch = {0: torch.export.Dim.AUTO}
         exported = torch.export.export(student, (x_test[:2].clone(),), dynamic_shapes=(any_batch,))
-        torch.export.save(exported, part / "student.pt2")
-        (part / "student.pt2").replace(folder / "student.pt2")
+        torch.export.save(exported, new / "student.pt2")
+        (new / "student.pt2").replace(folder / "student.pt2")
     print(f"\nin {folder}: result.json, samples.png, teacher.pt, student.pt, student.pt2")
     print(f"to score images: python pkdgan.py --score '{folder}/student.pt' IMAGE_OR_FOLDER")
 

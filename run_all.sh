@@ -5,7 +5,7 @@
 #   sbatch --array=0-29 run_all.sh           # Slurm: each task of the array does its share
 #   JOBS=0 bash run_all.sh                   # nothing but the table of what there is
 # JOBS runs share the cores (have the data first). Stop this as you like: it then skips what has a result in OUT.
-set -aeuo pipefail -f # -a: the runs' processes have what follows, functions too
+set -aeuo pipefail -f # -a: the runs' processes have what follows, functions too; -f: no globbing
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) PYTHON=$(command -v python || command -v python3 || echo python3)
 [ -f "$HERE/pkdgan.py" ] || HERE=$SLURM_SUBMIT_DIR # Slurm starts a copy that lies elsewhere
 DATASETS=${DATASETS:-mnist fmnist cifar10} NORMALS=${NORMALS:-0 1 2 3 4 5 6 7 8 9}
@@ -41,7 +41,7 @@ for d, s, n in map(str.split, os.environ["RUNS"].splitlines()):
         its = r["settings"]
         ignored = {key: its[key] for key in ("out", "device", "alpha", "normal", "score")}
         unasked = {key: want[key] or its[key] for key in ("ablation", "curve")}  # may be there all the same
-        if want | ignored | unasked == its and n in (r["normal"], its["normal"]) and r["bf16"] in bf16:
+        if (want | ignored | unasked) == its and n in (r["normal"], its["normal"]) and r["bf16"] in bf16:
             found[run] = r
     if mode == "todo" and not found[run]:
         print(d, s, n, out / f"{run[0]}-{n}-seed{s}.log".replace("/", "-"))
