@@ -77,7 +77,7 @@ SETTINGS = {  # each is a flag; where PER_DATASET has a value, that is the defau
     "z_dim": 256,  # numbers in a code z or z_hat, teacher and student alike
     "batch": 64,  # images per update
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
-    "epochs1": 20,  # of step 1; after 8, CIFAR-10's were a point worse whitened, better plain
+    "epochs1": 20,  # of step 1; after 8, CIFAR-10 students were a point worse whitened, better plain
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
     "epoch_images": 1,  # small sets are repeated within an epoch, up to this many images
     "lr_teacher": 0.032,  # divided by teacher_width, the teacher's rate: 2.5e-4 at 128, 1e-3 at 32
@@ -455,7 +455,7 @@ def auroc(gan, x, x_test, y_test):
 def pca_auroc(x, x_test, y_test):
     """AUROC in percent of PCA's reconstruction error (90 % of the variance, at 32 x 32)."""
     x, x_test = (F.adaptive_avg_pool2d(t, 32).flatten(1).cpu().numpy() for t in (x, x_test))
-    pca = decomposition.PCA(0.9, svd_solver="covariance_eigh").fit(x)  # twice as fast as "full"
+    pca = decomposition.PCA(0.9, svd_solver="covariance_eigh").fit(x)  # fast on many images
     errors = x_test - pca.inverse_transform(pca.transform(x_test))
     return 100 * metrics.roc_auc_score(y_test, (errors**2).sum(1))
 
