@@ -20,7 +20,7 @@ one normal class only:
     x --encoder--> z --decoder--> x_hat --second encoder--> z_hat      and a discriminator D
 
 They learn to reconstruct normal images and their codes. An anomaly's two codes disagree:
-||z - z_hat||_2 is the anomaly score [paper], here of z - z_hat whitened on normal images [ours].
+||z - z_hat||_2 is the anomaly score [paper]; here, normal images whiten z - z_hat first [ours].
 Four stages; generators learn by L_G (gan_losses) or L_KD (distillation_losses):
 
     teacher         train_gan: L_G, for epochs; D tells x (real) from x_hat (fake)
@@ -65,7 +65,7 @@ SETTINGS = {  # each is a flag; where PER_DATASET has a value, that is the defau
     "seed": 0,  # random seed of weights and batch order; the split is fixed
     "device": "cuda" if torch.cuda.is_available() else "cpu",  # or cuda:1, mps
     "val": False,  # evaluate on held-out training images instead of the test split
-    "teacher": "",  # a teacher.pt of this task and --holdout, or the --out it is in; "": train one
+    "teacher": "",  # a teacher.pt of the same task and --holdout, or its --out; "": train one
     "curve": False,  # evaluate after every epoch, too (counted in the images per second)
     "whiten": True,  # student.pt scores by the whitened z - z_hat; --no-whiten: the plain [paper]
     "holdout": 0.0,  # share of the normal training images to hold out for p-values
@@ -80,7 +80,7 @@ SETTINGS = {  # each is a flag; where PER_DATASET has a value, that is the defau
     "epochs1": 20,  # of step 1; after 8, CIFAR-10 students were a point worse whitened, better plain
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
     "epoch_images": 1,  # small sets are repeated within an epoch, up to this many images
-    "lr_teacher": 0.032,  # divided by teacher_width, the teacher's rate: 2.5e-4 at 128, 1e-3 at 32
+    "lr_teacher": 0.032,  # the teacher's learning rate * teacher_width: 2.5e-4 at 128, 1e-3 at 32
     "lr_student": 2e-3,  # the student's learning rate
     "lr_step2": 0.5,  # share of lr_student in step 2; 0.2 was as good
     "lr_step2_teacher": 0.01,  # share of the teacher's rate in step 2; higher, its AUROC falls
@@ -149,7 +149,7 @@ def encoder(size, channels, width, n_out):
     x (B, C, size, size) -> (B, n_out), [(B, width, size/2, size/2), ... (B, c, 4, 4)]"""
     blocks = []
     for c_out in block_widths(size, width):
-        first = not blocks  # no norm next to the image (DCGAN); elsewhere it cancels a bias
+        first = not blocks  # no norm next to the image (DCGAN); elsewhere, a norm cancels a bias
         conv = nn.Conv2d(channels, c_out, 4, stride=2, padding=1, bias=first)
         norm = nn.Identity() if first else nn.GroupNorm(c_out, c_out)
         blocks.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2, inplace=True)))
@@ -159,8 +159,8 @@ def encoder(size, channels, width, n_out):
 
 def upsample(c_in, c_out, bias=False):
     """(B, c_in, h, h) -> (B, c_out, 2h, 2h): DCGAN's transposed 4x4 convolution of stride 2, as a
-    2x2 convolution to four sub-pixels (Shi et al. 2016), less those beyond the image: 3 to 7 times
-    faster on a CPU; and nn.ConvTranspose2d's initial weights saturate wide nets."""
+    2x2 convolution to four sub-pixels (Shi et al. 2016), the border cropped: 3 to 7 times faster
+    on a CPU; and at the image nn.ConvTranspose2d's initial weights saturate wide nets."""
     conv = nn.Conv2d(c_in, 4 * c_out, 2, padding=1, bias=bias)
     return nn.Sequential(conv, nn.PixelShuffle(2), nn.ZeroPad2d(-1))
 
@@ -301,15 +301,15 @@ def train_gan(gan, x, args, *, lr, **how):
     fit({gan: lr}, losses, x, args, **how)
 
 
-def distill(teacher, student, x, args, *, joint, rate=1.0, rate_t=1.0, **how):
+def distill(teacher, student, x, args, *, joint, share=1.0, share_t=1.0, **how):
     """Train a student from a teacher on images x (N, C, size, size). Step 1: the teacher is frozen,
     the student learns from distillation losses alone. Step 2, joint: the student adds its own GAN
-    losses; the teacher trains on by its own. rate, rate_t: shares of the student's and the
-    teacher's learning rates in args. how: epochs, stage and watch of fit(). Raises as fit()."""
+    losses; the teacher trains on by its own. share, share_t: of the student's and the teacher's
+    learning rates in args. how: epochs, stage and watch of fit(). Raises as fit()."""
     teacher.requires_grad_(joint)  # frozen in step 1: no gradient reaches it
-    rates = {student: rate * args.lr_student}
+    rates = {student: share * args.lr_student}
     if joint:
-        rates[teacher] = rate_t * args.lr_teacher / args.teacher_width
+        rates[teacher] = share_t * args.lr_teacher / args.teacher_width
     else:  # what a frozen teacher makes of an image is the same in every epoch
         parts = [teacher.g(part, maps=True) for part in x.split(128)]
         made_t = list(map(torch.cat, zip(*parts)))  # the fields of Generated, of all images
@@ -367,6 +367,7 @@ def fit(rates, losses, x, args, epochs, stage, watch):
     per second). Raises FloatingPointError if a loss is not finite."""
     n = len(x) * max(1, args.epoch_images // len(x))  # a small set is shown several times an epoch
     updates = max(1, epochs * math.ceil(n / args.batch))
+    # the weights of all discriminators, gan.d, and of all generators, gan.g
     d, g = ([p for gan in rates for p in getattr(gan, net).parameters()] for net in "dg")
     opt = torch.optim.Adam(
         [{"params": gan.parameters()} for gan in rates], betas=(0.5, 0.999), fused=True
@@ -415,13 +416,12 @@ def native_bf16(kind):
 # --------------------------------------------------------------------------------------- evaluation
 @torch.inference_mode()
 def in_parts(f, x):
-    """f(x) in float32, computed part by part, of images x (N, C, size, size) in [-1, 1]."""
+    """f(x), computed part by part, of images x (N, C, size, size) in [-1, 1]."""
     return torch.cat([f(part) for part in x.split(128)])  # 128 stay in a CPU's cache
 
 
 def score(gan, x):
-    """Anomaly scores (N,) of images x (N, C, size, size) in [-1, 1], each independent of the other
-    images."""
+    """Anomaly scores (N,) of images x (N, C, size, size) in [-1, 1], each image by itself."""
     return in_parts(gan, x)
 
 
@@ -512,9 +512,9 @@ def load_images(dataset, root, size):
         parts = model_selection.train_test_split(x, c, test_size=1 / 3, stratify=c, random_state=0)
     else:
         name = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
-        kind = getattr(torchvision.datasets, name)
+        source = getattr(torchvision.datasets, name)
         try:
-            train, test = kind(root, download=True), kind(root, train=False)
+            train, test = source(root, download=True), source(root, train=False)
         except Exception as error:  # no network, a missing file, broken bytes
             raise OSError(f"{name} in {root}: {error}; delete it, run again online") from error
         parts = train.data, test.data, train.targets, test.targets
@@ -590,7 +590,7 @@ def run(args):
     distill(teacher, student, epochs=args.epochs1, joint=False, stage="step1", **common)
     evaluate("step1", student)
     teacher2 = copy.deepcopy(teacher)  # step 2 trains it on; teacher.pt can start other runs
-    shares = {"rate": args.lr_step2, "rate_t": args.lr_step2_teacher}
+    shares = {"share": args.lr_step2, "share_t": args.lr_step2_teacher}
     distill(teacher2, student, epochs=args.epochs2, joint=True, stage="step2", **shares, **common)
     evaluate("step2", student)
     evaluate("teacher_step2", teacher2)

@@ -4,7 +4,7 @@
 #   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs bash run_all.sh [pkdgan.py's flags]
 #   sbatch --array=0-29 run_all.sh           # Slurm: each task of the array does its share
 #   JOBS=0 bash run_all.sh                   # nothing but the table of what there is
-# JOBS runs share the cores (have the data first). Stop this as you like: it then skips what has a result in OUT.
+# JOBS runs share the cores (have the data first). Stop this as you like: started again, it skips finished runs.
 set -aeuo pipefail -f # -a: the runs' processes have what follows, functions too; -f: no globbing
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) PYTHON=$(command -v python || command -v python3 || echo python3)
 [ -f "$HERE/pkdgan.py" ] || HERE=$SLURM_SUBMIT_DIR # Slurm starts a copy that lies elsewhere
