@@ -855,6 +855,9 @@ def test_students_of_a_teacher_that_is_there(traced, tmp_path, monkeypatch, caps
         assert {stage: len(points) for stage, points in again["curve"].items()} == epochs
         for stage, points in again["curve"].items():
             assert points[-1] == [again["auroc"][stage], again["auroc_whitened"][stage]]
+    alone = pk.run(pk.parse([*flags, "--epochs1", "0", "--epochs2", "0"]))  # a teacher and no more
+    assert alone["auroc"]["teacher"] == result["auroc"]["teacher"]
+    assert list(alone["images_per_second"]) == ["teacher"]
     capsys.readouterr()
     assert exit_code(*flags, "--teacher", str(tmp_path / "none")) == 1
     assert "none is no whole" in capsys.readouterr().err
