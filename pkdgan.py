@@ -77,7 +77,7 @@ SETTINGS = {  # each is a flag; where PER_DATASET has a value, that is the defau
     "z_dim": 256,  # numbers in a code z or z_hat, teacher and student alike
     "batch": 64,  # images per update
     "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
-    "epochs1": 20,  # of step 1; after 8, CIFAR-10 students were a point worse whitened, better plain
+    "epochs1": 20,  # of step 1; after 8, CIFAR-10 students were a point worse whitened, not plain
     "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
     "epoch_images": 1,  # small sets are repeated within an epoch, up to this many images
     "lr_teacher": 0.032,  # the teacher's learning rate * teacher_width: 2.5e-4 at 128, 1e-3 at 32
