@@ -20,7 +20,7 @@ one normal class only:
     x --encoder--> z --decoder--> x_hat --second encoder--> z_hat      and a discriminator D
 
 They learn to reconstruct normal images and their codes. An anomaly's two codes disagree:
-||z - z_hat||_2 is the anomaly score [paper]; here, normal images whiten z - z_hat first [ours].
+||z - z_hat||_2 is the anomaly score [paper], here whitened by what normal images have [ours].
 Four stages; generators learn by L_G (gan_losses) or L_KD (distillation_losses):
 
     teacher         train_gan: L_G, for epochs; D tells x (real) from x_hat (fake)
