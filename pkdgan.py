@@ -1,18 +1,12 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision>=0.21", "scikit-learn>=1.5"]
-# ///
 """P-KDGAN: one-class novelty detection by a tiny GAN that learned from a wide one.
 
-    python pkdgan.py                                                # scikit-learn's digits
-    python pkdgan.py --dataset cifar10 --normal 3                   # the paper's experiment
-    python pkdgan.py --dataset folder --data parts --normal good    # your own images
-    python pkdgan.py --score runs/parts-good-seed0/student.pt new   # how anomalous are these?
+    python pkdgan.py                                 # scikit-learn's digits, half a minute
+    python pkdgan.py --dataset cifar10 --normal 3    # the paper's experiment; --help has the rest
 
 Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for One-class Novelty
 Detection", IJCAI 2020 (arXiv 2007.06963). Its full text was not at hand: [paper] marks what its
-abstract, its follow-up's (arXiv 2109.07295) and public listings say, [ours] what was decided here.
-What comes from elsewhere is cited. README.md lists it all, with figures.
+abstract, its follow-up's (arXiv 2109.07295) and public listings say, [ours] what was decided here;
+what comes from elsewhere is cited.
 
 A wide teacher (suffix _t) and a narrow student (_s), two GANs of one architecture, see images of
 one normal class only:
@@ -21,105 +15,78 @@ one normal class only:
 
 They learn to reconstruct normal images and their codes. An anomaly's two codes disagree:
 ||z - z_hat||_2 is the anomaly score [paper], here whitened by what normal images have [ours].
-Four stages; generators learn by L_G (gan_losses) or L_KD (distillation_losses):
+train_stages() trains both, t and s, their generators g and discriminators d:
 
-    teacher         train_gan: L_G, for epochs; D tells x (real) from x_hat (fake)
-    student alone   train_gan: the same, for epochs1 + epochs2: the baseline
-    step 1          distill: a fresh student, L_KD, for epochs1; D tells x_hat_t (real) from x_hat_s
-                    (fake); the teacher is frozen
-    step 2          distill, joint, for epochs2: the student goes on by L_KD + L_G and both tasks
-                    of D; the teacher goes on as in its own stage, at a much lower rate
+    stage           moves      discriminator tells            generator learns by     peak rate
+    teacher         t.g t.d    x from x_hat_t                 L_G                     lr_teacher
+    student alone   s.g s.d    x from x_hat_s                 L_G                     lr_student
+    step 1          s.g s.d    x_hat_t from x_hat_s           L_KD                    lr_student
+    step 2          all four   s.d both, t.d as the teacher   s L_KD + L_G, t L_G     shares of both
+    (a single joint step, the rival, is a step 2 of fresh nets at full rates: epochs = epochs1 = 0,
+    lr_step2 = lr_step2_teacher = 1)
+
+Each stage has a new Adam, warm-up and cosine. The student alone is the baseline: the same net, as
+many updates as both steps. In step 1 the student is fresh and the teacher frozen [paper]; step 2
+goes on with step 1's nets, s.d included. L_G: gan_losses(); L_KD: distillation_losses(). The first
+half of this file, down to "# ====", is the method: pasted alone, it trains. The rest is a program.
 """
 
-import argparse
 import copy
 import json
 import math
-import os
-import sys
-import tempfile
-import time
-import timeit
-import zipfile
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
-from PIL import Image, ImageOps
-from sklearn import covariance, datasets, decomposition, metrics, model_selection
+from sklearn import covariance, metrics
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import functional as TF
 
 torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on CUDA, too
-VERSION = 5  # of the method and the files: raised when a change makes earlier results incomparable
 
 # ----------------------------------------------------------------------------------------- settings
-SETTINGS = {  # each is a flag; where PER_DATASET has a value, that is the default
-    "dataset": "digits",  # digits, mnist, fmnist, cifar10 or folder
-    "normal": "0",  # the normal class, by index or name
-    "data": "data",  # where data sets are or go to; for folder, what has train/ and test/
-    "out": "runs",  # where each run makes a folder for its results
-    "seed": 0,  # random seed of weights and batch order; the split is fixed
-    "device": "cuda" if torch.cuda.is_available() else "cpu",  # or cuda:1, mps
-    "val": False,  # evaluate on held-out training images instead of the test split
-    "teacher": "",  # a teacher.pt of the same task and --holdout, or its --out; "": train one
-    "curve": False,  # evaluate after every epoch, too (counted in the images per second)
-    "whiten": True,  # student.pt scores by the whitened z - z_hat; --no-whiten: the plain [paper]
-    "holdout": 0.0,  # share of the normal training images to hold out for p-values
-    "alpha": 0.05,  # share of false alarms that --score accepts
-    "ablation": False,  # also the single-step rival: joint from random weights, at full rates
-    "size": 32,  # images become size x size, a power of two; all are held in memory
-    "teacher_width": 128,  # channels of the teacher's first block
-    "student_width": 0,  # of the student's; 0: a twelfth of the teacher's, 80 times cheaper or more
-    "z_dim": 256,  # numbers in a code z or z_hat, teacher and student alike
-    "batch": 64,  # images per update
-    "epochs": 8,  # of the teacher; 16 gained nothing on CIFAR-10
-    "epochs1": 20,  # of step 1; after 8, CIFAR-10 students were a point worse whitened, not plain
-    "epochs2": 4,  # of step 2; the student alone gets epochs1 + epochs2
-    "epoch_images": 1,  # small sets are repeated within an epoch, up to this many images
-    "lr_teacher": 0.032,  # the teacher's learning rate * teacher_width: 2.5e-4 at 128, 1e-3 at 32
-    "lr_student": 2e-3,  # the student's learning rate
-    "lr_step2": 0.5,  # share of lr_student in step 2; 0.2 was as good
-    "lr_step2_teacher": 0.01,  # share of the teacher's rate in step 2; higher, its AUROC falls
-    "w_adv": 1.0,  # weight of a GAN's adversarial loss
-    "w_con": 1.0,  # weight of a GAN's contextual loss
-    "w_lat": 1.0,  # weight of a GAN's latent loss
-    "kd_inter": 100.0,  # weight of the intermediate distillation loss; 10 did as well
-    "kd_latent": 100.0,  # weight of the latent distillation loss
-    "kd_adv": 10.0,  # weight of the adversarial distillation loss; at 100 it outweighs the others
-}
-PER_DATASET = {  # FLOPs ratios at least the paper's: CIFAR-10 24.45, MNIST 311.11, Fashion 700
-    "digits": {"epochs": 20, "epochs1": 40, "epochs2": 10, "lr_student": 5e-3, "batch": 16}
-    | {"normal": "8", "teacher_width": 32, "student_width": 4, "w_con": 10.0},
-    "mnist": {"student_width": 5, "lr_student": 5e-3, "w_con": 10.0},
-    "fmnist": {"student_width": 3, "epochs1": 8, "epochs2": 2},
-    "cifar10": {"student_width": 16},
-    "folder": {"holdout": 0.1, "epoch_images": 4000},
-}
+METHOD = """
+networks            default  range
+    teacher_width       128  1..    channels of the teacher's first block
+    student_width        10  1..    channels of the student's first block
+    z_dim               256  1..    numbers in a code z or z_hat, teacher and student alike
+epochs
+    epochs                8  0..    epochs of the teacher
+    epochs1              20  0..    epochs of step 1
+    epochs2               4  0..    epochs of step 2; the student alone gets epochs1 + epochs2
+    epoch_images          1  1..    small sets are shown several times an epoch, up to this number
+    batch                64  1..    images in an update
+    seed                  0  0..    random seed of weights and batch order
+rates
+    lr_teacher         1e-3  0..    learning rate of a teacher of width 32; a wider one's is lower
+    lr_student         2e-3  0..    learning rate of the student
+    lr_step2            0.5  0..    share of the student's rate in step 2
+    lr_step2_teacher   0.01  0..    share of the teacher's rate in step 2; at more, its AUROC falls
+weights
+    w_adv               1.0  0..    of a GAN's adversarial loss
+    w_con               1.0  0..    of a GAN's contextual loss
+    w_lat               1.0  0..    of a GAN's latent loss
+    kd_inter          100.0  0..    of the intermediate distillation loss
+    kd_latent         100.0  0..    of the latent distillation loss
+    kd_adv             10.0  0..    of the adversarial distillation loss
+"""
 
 
-def parse(argv=None):
-    """Settings (a namespace) from a command line, sys.argv by default. Bad usage exits with 2."""
-    parser = argparse.ArgumentParser(
-        "pkdgan.py", argparse.SUPPRESS, "What the flags mean: SETTINGS, at the top of pkdgan.py."
-    )
-    parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
-    choices = {"dataset": PER_DATASET, "size": (16, 32, 64, 128, 256, 512)}
-    for name, default in SETTINGS.items():
-        options = {"type": type(default), "choices": choices.get(name)}
-        if isinstance(default, bool):
-            options = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **options)
-    parser.set_defaults(**PER_DATASET[parser.parse_args(argv).dataset])
-    args = parser.parse_args(argv)
-    args.student_width = args.student_width or max(1, args.teacher_width // 12)
-    return args
+def rows_of(table):
+    """The settings in a table such as METHOD: [name, default, range, what it is] of each."""
+    rows = [line.split(maxsplit=3) for line in table.splitlines() if line.startswith(" ")]
+    return [(name, json.loads(default), *rest) for name, default, *rest in rows]
 
+
+DEFAULTS = SimpleNamespace(**{name: default for name, default, *_ in rows_of(METHOD)})
 
 # ----------------------------------------------------------------------------------------- networks
+# Shapes at size 32 and width w; C is 1 or 3 channels. Other sizes have more or fewer blocks.
+#
+#     encoder, D    x (C, 32, 32) -> (w, 16, 16) -> (2w, 8, 8) -> (4w, 4, 4) -> z (z_dim), logit (1)
+#     decoder       z (z_dim, 1, 1) -> (4w, 4, 4) -> (2w, 8, 8) -> (w, 16, 16) -> x_hat (C, 32, 32)
+#
 # nn.GroupNorm(c, c) normalises each channel of each image by itself: instance normalisation
 # (Ulyanov et al. 2016) [ours]. The authors had their best results at batch size 1 (arXiv
 # 2109.07295), where batch normalisation in training would compute just this. There are no running
@@ -127,7 +94,7 @@ def parse(argv=None):
 
 
 class Blocks(nn.Sequential):
-    """A chain of blocks, the last of them its head; it returns their outputs, too."""
+    """A chain of blocks, the last of them its head."""
 
     def forward(self, h):
         """-> the head's output in float32, [the output of each block before it]."""
@@ -135,7 +102,8 @@ class Blocks(nn.Sequential):
         for block in self:
             h = block(h)
             hidden.append(h)
-        return h.float(), hidden[:-1]
+        h = h.float() if h.dtype == torch.bfloat16 else h  # no cast, no device in an export
+        return h, hidden[:-1]
 
 
 def block_widths(size, width):
@@ -159,8 +127,8 @@ def encoder(size, channels, width, n_out):
 
 def upsample(c_in, c_out, bias=False):
     """(B, c_in, h, h) -> (B, c_out, 2h, 2h): DCGAN's transposed 4x4 convolution of stride 2, as a
-    2x2 convolution to four sub-pixels (Shi et al. 2016), the border cropped: 3 to 7 times faster
-    on a CPU; and at the image nn.ConvTranspose2d's initial weights saturate wide nets."""
+    2x2 convolution to four sub-pixels (Shi et al. 2016), the border cropped: faster on a CPU, and
+    nn.ConvTranspose2d's initial weights saturate wide nets at the image."""
     conv = nn.Conv2d(c_in, 4 * c_out, 2, padding=1, bias=bias)
     return nn.Sequential(conv, nn.PixelShuffle(2), nn.ZeroPad2d(-1))
 
@@ -177,35 +145,44 @@ def decoder(size, channels, width, z_dim):
     return Blocks(*blocks, upsample(c_in, channels, bias=True))
 
 
+def attention_maps(hidden):
+    """Q (B, all blocks' height * width) = A / ||A||_2 of each block, side by side and divided by
+    sqrt(blocks), A = mean over channels of h^2 (Zagoruyko and Komodakis 2017): where a block's
+    output h (B, channels, height, width) responds, whatever its number of channels.
+    By hand, one block of two 1 x 2 channels [1, 2] and [1, 0]: A = [1, 2], Q = [1, 2] / sqrt(5)"""
+    maps = [F.normalize(h.float().square().mean(1).flatten(1)) for h in hidden]
+    return torch.cat(maps, 1) / len(maps) ** 0.5
+
+
 class Generated(NamedTuple):
     """What a generator makes of a batch: all that losses, distillation and score need."""
 
     z: torch.Tensor  # (B, z_dim), of norm sqrt(z_dim)
     x_hat: torch.Tensor  # (B, C, size, size) in [-1, 1]
     z_hat: torch.Tensor  # (B, z_dim), of norm sqrt(z_dim)
-    q: torch.Tensor  # (B, all blocks' h * w), of first encoder and decoder, if asked for: to distil
+    attention: torch.Tensor | None  # Q of first encoder and decoder, to distil, if asked for
 
 
 class Generator(nn.Module):
     """Encoder-decoder-encoder x -> z -> x_hat -> z_hat [paper], as in GANomaly (Akcay et al. 2018).
     Codes lie on a sphere [ours]: else the latent loss falls when both codes merely shrink."""
 
-    def __init__(self, *form):
+    def __init__(self, size, channels, width, z_dim):
         super().__init__()
-        self.radius = form[-1] ** 0.5  # form: size, channels, width, z_dim
-        self.encode = encoder(*form)
-        self.decode = decoder(*form)
-        self.encode_again = encoder(*form)
+        self.radius = z_dim**0.5
+        self.encode = encoder(size, channels, width, z_dim)
+        self.decode = decoder(size, channels, width, z_dim)
+        self.encode_again = encoder(size, channels, width, z_dim)
 
-    def forward(self, x, maps=False):
+    def forward(self, x, attention=False):
         """(B, C, size, size) -> Generated, with attention_maps() if asked for."""
         z, hidden_encoder = self.encode(x)
         z = self.radius * F.normalize(z)
         x_hat, hidden_decoder = self.decode(z[..., None, None])
         x_hat = x_hat.tanh()
         z_hat = self.radius * F.normalize(self.encode_again(x_hat)[0])
-        q = attention_maps(hidden_encoder + hidden_decoder) if maps else None
-        return Generated(z, x_hat, z_hat, q)
+        maps = attention_maps(hidden_encoder + hidden_decoder) if attention else None
+        return Generated(z, x_hat, z_hat, maps)
 
 
 class GAN(nn.Module):
@@ -214,20 +191,24 @@ class GAN(nn.Module):
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
         self.form = size, channels, width, z_dim  # GAN(*gan.form) is another one like gan
-        self.g = Generator(*self.form)
+        self.g = Generator(size, channels, width, z_dim)
         self.d = encoder(size, channels, width, 1)  # to the logit, high for real
-        self.register_buffer("mean", torch.zeros(z_dim))  # these two leave the score plain,
-        self.register_buffer("white", torch.eye(z_dim))  # until save() puts whitening() here
+        self.register_buffer("residual_mean", torch.zeros(z_dim))  # m and W of distance(): plain
+        self.register_buffer("residual_whitener", torch.eye(z_dim))  # until whiten() sets them
 
     def residual(self, x):
         """r = z - z_hat (B, z_dim) of images x (B, C, size, size) in [-1, 1]."""
         out = self.g(x)
         return out.z - out.z_hat
 
+    def distance(self, r):
+        """||(r - m) W||_2 (B,) of residuals r (B, z_dim): with m = 0 and W = I, as in a new GAN,
+        ||z - z_hat||_2 [paper]; with those of whiten(), a Mahalanobis distance [ours]."""
+        return ((r - self.residual_mean) @ self.residual_whitener).norm(dim=1)
+
     def forward(self, x):
-        """Anomaly scores (B,), high is anomalous: ||z - z_hat||_2 [paper], or whitened [ours],
-        sqrt((r - m)' S^-1 (r - m)) with mean m and covariance S of normal images' r."""
-        return ((self.residual(x) - self.mean) @ self.white).norm(dim=1)
+        """Anomaly scores (B,), high is anomalous, of images x (B, C, size, size) in [-1, 1]."""
+        return self.distance(self.residual(x))
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -261,20 +242,12 @@ def latent_loss(z, z_hat):
     return F.mse_loss(z_hat, z)
 
 
-def attention_maps(hidden):
-    """Q (B, all blocks' height * width) = A / ||A||_2 of each block, side by side and divided by
-    sqrt(blocks), A = mean over channels of h^2 (Zagoruyko and Komodakis 2017): where a block's
-    output h (B, channels, height, width) responds.
-    By hand, one block of two 1 x 2 channels [1, 2] and [1, 0]: A = [1, 2], Q = [1, 2] / sqrt(5)"""
-    maps = [F.normalize(h.float().square().mean(1).flatten(1)) for h in hidden]
-    return torch.cat(maps, 1) / len(maps) ** 0.5
-
-
-def intermediate_distillation_loss(q_t, q_s, x_hat_t, x_hat_s):
+def intermediate_distillation_loss(attention_t, attention_s, x_hat_t, x_hat_s):
     """L_inter = E over images of ||Q_t - Q_s||_2^2 [ours] + E[|x_hat_t - x_hat_s|] [paper]. The
     first is a mean over blocks.
     By hand, with one block, Q_t = [1, 0], Q_s = [0, 1], x_hat_t = [1.], x_hat_s = [0.5]: 2.5"""
-    return (q_s - q_t.detach()).square().sum(1).mean() + F.l1_loss(x_hat_s, x_hat_t.detach())
+    apart = (attention_s - attention_t.detach()).square().sum(1).mean()
+    return apart + F.l1_loss(x_hat_s, x_hat_t.detach())
 
 
 def latent_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
@@ -289,120 +262,71 @@ def adversarial_distillation_loss(f_t, f_s):
     return F.mse_loss(f_s, f_t.detach())
 
 
-# ----------------------------------------------------------------------------------------- training
-def train_gan(gan, x, args, *, lr, **how):
-    """Train a GAN by itself on images x (N, C, size, size). how: epochs, stage and watch of fit().
-    Raises as fit()."""
-
-    def losses(i):
-        """Indices of images (B,) -> scalars L_D and L_G, see gan_losses()."""
-        return gan_losses(gan, x[i], gan.g(x[i]), args)
-
-    fit({gan: lr}, losses, x, args, **how)
-
-
-def distill(teacher, student, x, args, *, joint, share=1.0, share_t=1.0, **how):
-    """Train a student from a teacher on images x (N, C, size, size). Step 1: the teacher is frozen,
-    the student learns from distillation losses alone. Step 2, joint: the student adds its own GAN
-    losses; the teacher trains on by its own. share, share_t: of the student's and the teacher's
-    learning rates in args. how: epochs, stage and watch of fit(). Raises as fit()."""
-    teacher.requires_grad_(joint)  # frozen in step 1: no gradient reaches it
-    rates = {student: share * args.lr_student}
-    if joint:
-        rates[teacher] = share_t * args.lr_teacher / args.teacher_width
-    else:  # what a frozen teacher makes of an image is the same in every epoch
-        parts = [teacher.g(part, maps=True) for part in x.split(128)]
-        made_t = list(map(torch.cat, zip(*parts)))  # the fields of Generated, of all images
-
-    def losses(i):
-        """Indices of images (B,) -> scalars for all D's and all G's."""
-        out_s = student.g(x[i], maps=True)
-        out_t = teacher.g(x[i], maps=True) if joint else Generated(*(field[i] for field in made_t))
-        terms = [distillation_losses(student, out_t, out_s, args)]
-        if joint:
-            terms.append(gan_losses(student, x[i], out_s, args))
-            terms.append(gan_losses(teacher, x[i], out_t, args))
-        return map(sum, zip(*terms))  # over the terms: what is for D, what is for G
-
-    fit(rates, losses, x, args, **how)
-
-
-def gan_losses(gan, x, out, args):
+def gan_losses(gan, x, out, *, w_adv, w_con, w_lat):
     """The losses (for D, for G) of a GAN by itself, whose generator made `out` of images x:
     GANomaly's, our weights [ours]."""
     logit_real, hidden_x = gan.d(x)
     logit_fake, hidden_x_hat = gan.d(out.x_hat)
-
     # ---- D: minimise L_D; x is real, x_hat is fake
     loss_d = discriminator_loss(logit_real, logit_fake)
-
     # ---- G: minimise L_G = w_adv L_adv + w_con L_con + w_lat L_lat
     adv = adversarial_loss(hidden_x[-1], hidden_x_hat[-1])
     con = contextual_loss(x, out.x_hat)
     lat = latent_loss(out.z, out.z_hat)
-    return loss_d, args.w_adv * adv + args.w_con * con + args.w_lat * lat
+    return loss_d, w_adv * adv + w_con * con + w_lat * lat
 
 
-def distillation_losses(student, out_t, out_s, args):
-    """The losses (for D, for G) of a student, given what both generators made of an x."""
+def distillation_losses(student, out_t, out_s, *, kd_inter, kd_latent, kd_adv):
+    """The losses (for D, for G) of a student, given what both generators made of images."""
     logit_t, hidden_t = student.d(out_t.x_hat.detach())
     logit_s, hidden_s = student.d(out_s.x_hat)
-
-    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake (in step 1, where
-    # ---- it is the only loss of D, Adam cancels the weight)
-    loss_d = args.kd_adv * discriminator_loss(logit_t, logit_s)
-
+    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake
+    loss_d = kd_adv * discriminator_loss(logit_t, logit_s)
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
-    inter = intermediate_distillation_loss(out_t.q, out_s.q, out_t.x_hat, out_s.x_hat)
+    maps = out_t.attention, out_s.attention
+    inter = intermediate_distillation_loss(*maps, out_t.x_hat, out_s.x_hat)
     latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
     adv_kd = adversarial_distillation_loss(hidden_t[-1], hidden_s[-1])
-    return loss_d, args.kd_inter * inter + args.kd_latent * latent + args.kd_adv * adv_kd
+    return loss_d, kd_inter * inter + kd_latent * latent + kd_adv * adv_kd
 
 
-def fit(rates, losses, x, args, epochs, stage, watch):
-    """Train the GANs of rates, {GAN: highest learning rate}, on images x (N, C, size, size) by
-    losses(indices of images (B,)) -> (loss for their discriminators, loss for their generators).
-    The rates rise, then fall as a cosine to zero (Smith and Topin 2018) [ours]. The order of the
-    images comes from seed and epoch alone. After each epoch calls watch(stage, first GAN, images
-    per second). Raises FloatingPointError if a loss is not finite."""
-    n = len(x) * max(1, args.epoch_images // len(x))  # a small set is shown several times an epoch
-    updates = max(1, epochs * math.ceil(n / args.batch))
-    # the weights of all discriminators, gan.d, and of all generators, gan.g
-    d, g = ([p for gan in rates for p in getattr(gan, net).parameters()] for net in "dg")
-    opt = torch.optim.Adam(
-        [{"params": gan.parameters()} for gan in rates], betas=(0.5, 0.999), fused=True
-    )  # betas: DCGAN's
+# ----------------------------------------------------------------------------------------- training
+def fit(losses, rates, n, *, epochs, epoch_images, batch, seed, report):
+    """Train the GANs of rates, {GAN: its peak learning rate}, on n images by losses(indices of
+    images (B,)) -> (loss for the discriminators, loss for the generators). Rates rise, then fall as
+    a cosine to zero (Smith and Topin 2018) [ours]. Seed and epoch alone give the images' order.
+    After each epoch: report(epoch, mean loss_d, mean loss_g). Overflow: FloatingPointError."""
+    d_weights = [p for gan in rates for p in gan.d.parameters()]
+    g_weights = [p for gan in rates for p in gan.g.parameters()]
+    groups = [{"params": gan.parameters()} for gan in rates]
+    optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)  # betas: DCGAN's
+    shown = n * max(1, epoch_images // n)
+    updates = max(1, epochs * math.ceil(shown / batch))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        opt, list(rates.values()), updates, pct_start=0.15, cycle_momentum=False
+        optimizer, list(rates.values()), updates, pct_start=0.15, cycle_momentum=False
     )  # pct_start: at 0.1 torch divides by 0 where there are 10 updates
-    # convolutions in bfloat16 where native; weights are cast anew at each use (no cache), so that
-    # their gradients are summed in float32
-    kind = x.device.type
-    amp = torch.autocast(kind, torch.bfloat16, native_bf16(kind), cache_enabled=False)
-    start = time.perf_counter()
+    # convolutions in bfloat16 where native; no cache: weights' gradients are summed in float32
+    device = d_weights[0].device
+    bf16 = native_bf16(device.type)
+    autocast = torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)
     for epoch in range(1, epochs + 1):
-        torch.manual_seed(10_000 * args.seed + epoch)
+        torch.manual_seed(10_000 * seed + epoch)
         log = []
-        for index in torch.randperm(n).to(x.device).split(args.batch):
-            with amp:
-                loss_d, loss_g = losses(index % len(x))
+        for indices in torch.randperm(shown).to(device).split(batch):
+            with autocast:
+                loss_d, loss_g = losses(indices % n)
             # D's descend loss_d, G's loss_g, no other net moves. Both gradients are taken before
             # either moves (as GANomaly's are), so L_D and L_adv share D(x_hat).
-            opt.zero_grad()
-            loss_d.backward(inputs=d, retain_graph=True)
-            loss_g.backward(inputs=g)
-            opt.step()
+            optimizer.zero_grad()
+            loss_d.backward(inputs=d_weights, retain_graph=True)
+            loss_g.backward(inputs=g_weights)
+            optimizer.step()
             schedule.step()
             log.append(torch.stack([loss_d, loss_g]).detach())
-        loss_d, loss_g = torch.stack(log).mean(0).tolist()  # only now: reading waits for the device
-        if not math.isfinite(loss_d + loss_g):
-            raise FloatingPointError(f"{stage} {epoch}/{epochs}: overflow; lower rates (--lr-*)")
-        seconds = (time.perf_counter() - start) / epoch
-        print(
-            f"{stage} {epoch}/{epochs}: loss_D {loss_d:.3f} loss_G {loss_g:.3f} | "
-            f"{n / seconds:.0f} images/s, {seconds * (epochs - epoch):.0f} s left"
-        )
-        watch(stage, next(iter(rates)), n / seconds)
+        mean_d, mean_g = torch.stack(log).mean(0).tolist()  # once an epoch: it waits for the device
+        if not math.isfinite(mean_d + mean_g):
+            raise FloatingPointError(f"a loss overflows in epoch {epoch}: lower the learning rates")
+        report(epoch, mean_d, mean_g)
 
 
 def native_bf16(kind):
@@ -413,7 +337,79 @@ def native_bf16(kind):
     return kind == "cpu" and any(has for name, has in flags.items() if "bf16" in name)
 
 
-# --------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------- stages
+# of a training: each gives the losses(indices of images) -> (for D's, for G's) that fit() takes
+
+
+def gan_stage(gan, x, own):
+    """A GAN by itself on images x (N, C, size, size); own: weights of gan_losses()."""
+    return lambda i: gan_losses(gan, x[i], gan.g(x[i]), **own)
+
+
+def step1_stage(teacher, student, x, kd):
+    """The student learns from the frozen teacher alone; kd: weights of distillation_losses()."""
+    with torch.no_grad():  # what a frozen teacher makes of an image never changes: made once
+        parts = [teacher.g(part, attention=True) for part in x.split(128)]
+        of_teacher = [torch.cat(field) for field in zip(*parts, strict=True)]
+
+    def losses(i):
+        out_t = Generated(*(field[i] for field in of_teacher))
+        return distillation_losses(student, out_t, student.g(x[i], attention=True), **kd)
+
+    return losses
+
+
+def joint_stage(teacher, student, x, own, kd):
+    """The teacher learns by its own losses, the student by its own and distillation's."""
+
+    def losses(i):
+        out_t, out_s = teacher.g(x[i], attention=True), student.g(x[i], attention=True)
+        kd_d, kd_g = distillation_losses(student, out_t, out_s, **kd)
+        own_d, own_g = gan_losses(student, x[i], out_s, **own)
+        teacher_d, teacher_g = gan_losses(teacher, x[i], out_t, **own)
+        return kd_d + own_d + teacher_d, kd_g + own_g + teacher_g
+
+    return losses
+
+
+def train_stages(x, settings=DEFAULTS, report=lambda *progress: None):
+    """Train all stages on the normal images x (N, C, size, size) in [-1, 1], size a power of two,
+    16 or more. After each epoch: report(stage, gan, epoch, mean loss_d, mean loss_g). Returns
+    {stage: GAN}, all whitened: "teacher" (as its own stage left it), "student_alone", "step1" and
+    "step2". Raises as fit()."""
+    own = {key: getattr(settings, key) for key in ("w_adv", "w_con", "w_lat")}
+    kd = {key: getattr(settings, key) for key in ("kd_inter", "kd_latent", "kd_adv")}
+    lr_t, lr_s = settings.lr_teacher * 32 / settings.teacher_width, settings.lr_student
+    both = settings.epochs1 + settings.epochs2
+    nets = {}
+
+    def fresh(width):
+        torch.manual_seed(settings.seed)
+        return GAN(x.shape[3], x.shape[1], width, settings.z_dim).to(x.device)
+
+    def train(stage, gan, losses, rates, epochs):
+        nets[stage] = gan
+        order = {"batch": settings.batch, "epoch_images": settings.epoch_images}
+        say = partial(report, stage, gan)
+        fit(losses, rates, len(x), epochs=epochs, seed=settings.seed, report=say, **order)
+
+    teacher, alone = fresh(settings.teacher_width), fresh(settings.student_width)
+    train("teacher", teacher, gan_stage(teacher, x, own), {teacher: lr_t}, settings.epochs)
+    train("student_alone", alone, gan_stage(alone, x, own), {alone: lr_s}, both)
+
+    step1 = fresh(settings.student_width)
+    train("step1", step1, step1_stage(teacher, step1, x, kd), {step1: lr_s}, settings.epochs1)
+
+    moving, step2 = copy.deepcopy(teacher), copy.deepcopy(step1)
+    rates = {step2: settings.lr_step2 * lr_s, moving: settings.lr_step2_teacher * lr_t}
+    train("step2", step2, joint_stage(moving, step2, x, own, kd), rates, settings.epochs2)
+
+    for gan in nets.values():
+        whiten(gan, x)
+    return nets
+
+
+# -------------------------------------------------------------------------------------------- score
 @torch.inference_mode()
 def in_parts(f, x):
     """f(x), computed part by part, of images x (N, C, size, size) in [-1, 1]."""
@@ -425,15 +421,348 @@ def score(gan, x):
     return in_parts(gan, x)
 
 
-def whitening(gan, x):
-    """(m (z_dim,), W (z_dim, z_dim)) of the residuals r of training images x: their mean, and a
-    root of their inverse covariance, W W' = S^-1. S is shrunk (Ledoit and Wolf 2004)."""
+def whiten(gan, x):
+    """Have a GAN score by the whitened distance sqrt((r - m)' S^-1 (r - m)), m the mean and S the
+    covariance, shrunk (Ledoit and Wolf 2004), of the residuals r of training images x."""
     r = in_parts(gan.residual, x)
     model = covariance.LedoitWolf().fit(r.cpu().double())
-    white = torch.linalg.cholesky(torch.tensor(model.precision_))
-    return torch.tensor(model.location_).to(r), white.to(r).contiguous()
+    root = torch.linalg.cholesky(torch.tensor(model.precision_))  # W W' = S^-1
+    gan.residual_mean = torch.tensor(model.location_).to(r)
+    gan.residual_whitener = root.to(r).contiguous()
 
 
+def auroc(gan, x_test, y_test):
+    """AUROC in percent, anomaly = 1, of a GAN's plain score ||z - z_hat||_2 and of its distance().
+    Raises ValueError if a score is NaN."""
+    r = in_parts(gan.residual, x_test)
+    both = r.norm(dim=1), gan.distance(r)
+    return [100 * metrics.roc_auc_score(y_test, scores.cpu()) for scores in both]
+
+
+# ==== the program: data, files, command line ====
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "scikit-learn>=1.5"]
+# ///
+import argparse
+import glob
+import signal
+import statistics
+import sys
+import tempfile
+import time
+import timeit
+import zipfile
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import torchvision
+from PIL import Image, ImageOps
+from sklearn import datasets, decomposition, model_selection
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import functional as TF
+
+VERSION = 6  # of the method and the files: raised when a change makes earlier results incomparable
+PROGRAM = """
+the task            default  range
+    dataset        "digits"  digits|mnist|fmnist|cifar10|folder   what to train and test on
+    normal              "0"  -      the normal class, by name or index
+    data             "data"  -      where data sets are or go to; for folder, what has train/, test/
+    size                 32  16|32|64|128|256|512   images become size x size
+    holdout             0.0  0..1   share of normal training images, the last, held out for p-values
+    val               false  -      evaluate on a tenth of the training split, not on the test split
+the run
+    out              "runs"  -      where each run makes a folder for its results
+    device               ""  -      such as cpu, cuda:1, mps; a GPU if there is one
+    skip_finished     false  -      do nothing if there is a result of the same settings and version
+    alpha              0.05  1e-9..1   share of false alarms that a verdict accepts
+"""
+PER_DATASET = {  # other defaults of each
+    "digits": {"normal": "8", "epochs": 20, "epochs1": 40, "epochs2": 10, "batch": 16}
+    | {"teacher_width": 32, "student_width": 4, "lr_student": 5e-3, "w_con": 10.0},
+    "mnist": {"student_width": 5, "lr_student": 5e-3, "w_con": 10.0},
+    "fmnist": {"student_width": 3, "epochs1": 8, "epochs2": 2},
+    "cifar10": {"student_width": 16},
+    "folder": {"holdout": 0.1, "epoch_images": 4000},
+}
+OF_NO_EFFECT = {"out", "device", "skip_finished", "alpha", "score", "table"}  # on a run's figures
+
+
+# --------------------------------------------------------------------------------------------- data
+def image_files(root):
+    """All images below a folder in the order of their paths, links followed, but for what is hidden
+    (.x, @x). What else is left out is counted on stderr."""
+    images, others = [], []
+    for name in glob.glob("**", root_dir=root, recursive=True):  # ** leaves out .x
+        path = Path(root, name)
+        if path.is_file():
+            wanted = "/@" not in f"/{name}" and can_open(path)
+            (images if wanted else others).append(path)
+    if others:
+        note(f"{root}: left out {len(others)} files that are no images, such as {others[0]}")
+    return sorted(images)
+
+
+def can_open(path):
+    """Whether a file is an image to Pillow, whatever its name."""
+    try:
+        Image.open(path).close()
+    except Exception:  # decoders raise all sorts
+        return False
+    return True
+
+
+def read_image(path, size):
+    """An image file, turned upright by its EXIF flag, on white where it is transparent, as uint8
+    (3, size, size). Raises OSError."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF" or ";16" in str(image.tile):  # Pillow would clip or cut them
+                raise ValueError("it has more than 8 bits a channel")
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    except Exception as error:
+        raise OSError(f"{path} cannot be used as an image ({error}): mend or remove it") from error
+    return TF.pil_to_tensor(image.convert("RGB"))
+
+
+def load_folder(root, size):
+    """load_images() of root/train/<class>/* and root/test/<class>/*, MVTec AD's layout; there need
+    be no test."""
+    train, test = image_files(f"{root}/train"), image_files(f"{root}/test")
+    if not train:
+        raise OSError(f"{root}: no images in train/CLASS/, CLASS being any name")
+    files, n = train + test, len(train)
+    names = [file.relative_to(root).parts[1] for file in files]
+    classes = list(dict.fromkeys(names))
+    x = torch.stack([read_image(file, size) for file in files])
+    c = torch.tensor([classes.index(name) for name in names])
+    return x[:n], c[:n], x[n:], c[n:], classes
+
+
+def load_images(dataset, root, size):
+    """All of a data set: (x, c, x_test, c_test, classes). x, x_test: (N, C, size, size), 0 to 255,
+    with C = 3 for CIFAR-10 and folders, else 1; c, c_test: int64 (N,), indices into the list
+    `classes`, which has those of the training split first. Raises OSError for what is unusable."""
+    if dataset == "folder":
+        return load_folder(root, size)
+    if dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
+        digits = datasets.load_digits()
+        x, c, classes = (digits.images * 15.9375).astype("uint8"), digits.target, list("0123456789")
+        parts = model_selection.train_test_split(x, c, test_size=1 / 3, stratify=c, random_state=0)
+    else:
+        name = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
+        source = getattr(torchvision.datasets, name)
+        try:
+            train, test = source(root, download=True), source(root, train=False)
+        except Exception as error:  # no network, a missing file, broken bytes
+            what = "go online once, or, if it is there but damaged, delete it"
+            raise OSError(f"no {name} in {root} ({error}): {what}") from error
+        parts = train.data, test.data, train.targets, test.targets
+        classes = [text.split(" - ")[0] for text in train.classes]  # MNIST: "0 - zero"
+    x, x_test, c, c_test = map(torch.as_tensor, parts)  # x: (N, h, w), or (N, h, w, 3)
+    x, x_test = (t.reshape(*t.shape[:3], -1).permute(0, 3, 1, 2) for t in (x, x_test))
+    return TF.resize(x, size), c, TF.resize(x_test, size), c_test, classes
+
+
+Task = namedtuple("Task", "x x_held x_test y_test kinds normal classes")
+
+
+def load_task(args):
+    """The task that the settings name: x, the normal images of the training split, but for the last
+    ones, x_held, held out; x_test, the test split, or with args.val a fixed tenth of the training
+    split; y_test (N,), true for an anomaly; kinds, the class of each test image; normal, the normal
+    class; classes, all of the training split. Images are float32 (N, C, size, size) in [-1, 1].
+    Raises ValueError for an unknown class or too few images, OSError for unusable data."""
+    x, c, x_test, c_test, names = load_images(args.dataset, args.data, args.size)
+    classes = names[: int(c.max()) + 1]
+    indices = [] if any(map(str.isdecimal, names)) else map(str, range(len(classes)))
+    words = [*classes, *indices]  # a number is a name or an index, never both
+    if args.normal not in words:
+        raise ValueError(f"--normal {args.normal}: the classes are {', '.join(classes)}")
+    normal = words.index(args.normal) % len(classes)
+    if args.val:
+        x, x_test, c, c_test = model_selection.train_test_split(x, c, test_size=0.1, random_state=0)
+    x, x_test = ((t.float() / 127.5 - 1).to(args.device) for t in (x[c == normal], x_test))
+    n = len(x) - math.ceil(args.holdout * len(x))  # neighbours are often alike: no random ones
+    if len(x[:n].mean((1, 2, 3)).unique()) < 10:
+        raise ValueError(f"{n} images to train on: at least 10 different ones are needed")
+    kinds = [names[k] for k in c_test]
+    return Task(x[:n], x[n:], x_test, c_test != normal, kinds, classes[normal], classes)
+
+
+# ------------------------------------------------------------------------------------------- report
+def progress(args):
+    """A report for train_stages(): a line an epoch, with the time left of all stages."""
+    narrow = 0.15 + args.student_width / args.teacher_width  # the cost of an epoch, about
+    cost_of = {"teacher": 1, "student_alone": narrow, "step1": narrow, "step2": 1.5}
+    epochs = {"teacher": args.epochs, "student_alone": args.epochs1 + args.epochs2}
+    epochs |= {"step1": args.epochs1, "step2": args.epochs2}
+    total = sum(epochs[stage] * cost_of[stage] for stage in epochs)
+    done, began = 0, time.monotonic()
+
+    def report(stage, gan, epoch, loss_d, loss_g):
+        nonlocal done
+        done += cost_of[stage]
+        left = (time.monotonic() - began) * (total / done - 1)
+        losses = f"loss_D {loss_d:.3f} loss_G {loss_g:.3f}"
+        print(f"{stage} {epoch}/{epochs[stage]}: {losses} | {left:.0f} s left of the whole run")
+
+    return report
+
+
+def pca_auroc(task):
+    """AUROC in percent of PCA's reconstruction error (90 % of the variance, at 32 x 32)."""
+    images = task.x, task.x_test
+    x, x_test = (F.adaptive_avg_pool2d(t, 32).flatten(1).cpu().numpy() for t in images)
+    pca = decomposition.PCA(0.9, svd_solver="covariance_eigh").fit(x)  # fast on many images
+    errors = x_test - pca.inverse_transform(pca.transform(x_test))
+    return 100 * metrics.roc_auc_score(task.y_test, (errors**2).sum(1))
+
+
+def cost(gan, x):
+    """What a GAN costs: params and flops (of one image) of generator and discriminator; and of a
+    score, which the generator alone takes, microseconds per image on the device of x (N, C, size,
+    size), of one by itself (us_1) and of 256 in parts (us_256)."""
+    with FlopCounterMode(display=False) as counter:
+        gan.d(gan.g(x[:1]).x_hat)
+    params = sum(p.numel() for p in gan.parameters())
+    costs = {"params": params, "flops": counter.get_total_flops()}
+    for n in (1, 256):
+        timer = timeit.Timer(partial(score, gan, x[torch.arange(n) % len(x)]))
+        costs[f"us_{n}"] = 1e6 / n * min(timer.repeat(11, 1))  # the least disturbed
+    return costs
+
+
+def verdicts(args, task, student, calibration):
+    """What verdicts on the test images would be worth: {alpha: threshold, or None if too few images
+    are held out for it}, and for "normal", "anomalies" and each kind of these [number, AUROC against
+    the normal ones, % flagged at each alpha]."""
+    scores, y, n, flagged = score(student, task.x_test).cpu(), task.y_test, len(calibration), {}
+    p = p_values(scores, calibration)
+    ranks = {alpha: int(alpha * (n + 1) + 1e-9) for alpha in sorted({0.01, 0.05, 0.1, args.alpha})}
+    thresholds = {alpha: calibration[-k].item() if k else None for alpha, k in ranks.items()}
+    groups = {"normal": ~y, "anomalies": y}
+    for kind in sorted(set(task.kinds) - {task.normal}):
+        groups[f"- {kind}"] = torch.tensor([name == kind for name in task.kinds])
+    for name, its in groups.items():
+        some = its | ~y
+        area = (
+            100 * metrics.roc_auc_score(its[some], scores[some])
+            if len(y[some].unique()) > 1
+            else None
+        )
+        if its.any():
+            shares = [100 * (p[its] <= alpha).double().mean().item() for alpha in thresholds]
+            flagged[name] = [int(its.sum()), area, *shares]
+    return thresholds, flagged
+
+
+def print_result(args, result):
+    """AUROC of each stage and what it is above the student alone; what the nets cost; what verdicts
+    would be worth; and a line for each reason for caution."""
+    plain, whitened, pca = result["auroc"], result["auroc_whitened"], result["baselines"]["pca"]
+    print("\nAUROC in %          plain    gain    whitened    gain")
+    for stage in plain:
+        row = f"{stage.replace('_', ' '):13}"
+        for values in plain, whitened:
+            row += f"{values[stage]:12.2f}{values[stage] - values['student_alone']:+8.2f}"
+        print(row)
+    print(f"PCA{pca:22.2f}" if plain else "none: the test images are all normal or all anomalies")
+    print("\ncost                   teacher     student   ratio")
+    for key in ("params", "flops", "us_1", "us_256"):  # as cost() explains them
+        teacher, student = result[key].values()
+        print(f"{key:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
+    thresholds = result["thresholds"]
+    if result["images"]["held"]:
+        cells = (f"{value:8.4g}" if value else f"{'-':>8}" for value in thresholds.values())
+        print(
+            "\nalpha           ", *(f"{alpha:8}" for alpha in thresholds), "  (-: too few held out)"
+        )
+        print("threshold       ", *cells)
+        for name, (n, area, *shares) in result["flagged"].items():
+            row = " ".join(f"{share:6.1f} %" for share in shares)
+            print(f"{name:16} {row} flagged of {n}" + (f", AUROC {area:.2f}" if area else ""))
+    cautions = {
+        "fewer than 100 images to train on": result["images"]["train"] < 100,
+        "too few held out for --alpha": args.holdout and not thresholds[args.alpha],
+        "PCA is as good": plain and whitened["step2"] <= pca,
+        "an AUROC below 75 misses most anomalies": plain and whitened["step2"] < 75,
+        "the student alone is as good": plain and whitened["step2"] <= whitened["student_alone"],
+    }
+    for text in [text for text, applies in cautions.items() if applies]:
+        print(f"caution: {text}")
+
+
+def print_tables(out):
+    """The results in a folder of runs as Markdown, a table for each pair of nets and score: a row a
+    class and their mean, ± standard deviation over n seeds."""
+    tables = {}  # {(title, classes): {seed: {class: {stage: AUROC}}}}
+    for file in sorted(Path(out).glob("*/result.json")):
+        result = json.loads(file.read_text())
+        usable = result["version"] == VERSION and result["auroc"]
+        for key in ("auroc", "auroc_whitened") if usable else ():
+            values = result[key]
+            values["gain"] = values["step2"] - values["student_alone"]
+            table = tables.setdefault((f"{result['pair']}, {key}", *result["classes"]), {})
+            table.setdefault(result["seed"], {})[result["normal"]] = values
+    for (title, *classes), seeds in tables.items():
+        print(f"\n{title}\n\n| class | {' | '.join(values)} | n |\n{'|---' * (len(values) + 2)}|")
+        for name, group in [*((name, [name]) for name in classes), ("mean", classes)]:
+            found = [runs for runs in seeds.values() if runs.keys() >= set(group)]
+            cells = []
+            for stage in values:
+                means = [statistics.mean(runs[k][stage] for k in group) for runs in found]
+                cells.append(f"{statistics.mean(means):.2f}" if means else "missing")
+                cells[-1] += f" ± {statistics.stdev(means):.2f}" if len(means) > 1 else ""
+            print(f"| {name} | {' | '.join(cells)} | {len(found)} |")
+
+
+def run(args):
+    """Train, evaluate, print, save. Raises as load_task() and train_stages()."""
+    began, out = time.monotonic(), Path(args.out)
+    settings = {key: value for key, value in vars(args).items() if key not in OF_NO_EFFECT}
+    bf16 = native_bf16(torch.device(args.device).type)
+    result = {"settings": settings, "version": VERSION, "bf16": bf16}
+    for file in out.glob("*/result.json") if args.skip_finished else ():
+        if result.items() <= json.loads(file.read_text()).items():
+            return print(f"finished before: {file}")
+    task = load_task(args)
+    source = Path(args.data).name if args.dataset == "folder" else args.dataset
+    source += "-val" * args.val
+    folder = out / f"{source}-{task.normal}-seed{args.seed}".replace("/", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    counts, total = Counter(task.kinds), len(task.kinds)
+    normal = counts.pop(task.normal, 0)
+    kinds = ", ".join(f"{kind} {number}" for kind, number in counts.items())
+    print(f"{folder.name}: {len(task.x)} images, {len(task.x_held)} held out, on {args.device}")
+    print(f"test: {normal} normal, {total - normal} anomalies ({kinds})")
+    nets = train_stages(task.x, args, progress(args))
+    teacher, student = nets["teacher"], nets["step2"]
+    result["images"] = {"train": len(task.x), "held": len(task.x_held), "test": total}
+    result |= {"auroc": {}, "auroc_whitened": {}, "baselines": {"pca": None}}
+    if len(task.y_test.unique()) == 2:
+        result["baselines"]["pca"] = pca_auroc(task)
+        for stage, gan in nets.items():
+            both = auroc(gan, task.x_test, task.y_test)
+            result["auroc"][stage], result["auroc_whitened"][stage] = both
+    held = [score(student, image) for image in task.x_held.split(1)]  # one by one: as score_files()
+    calibration = torch.cat(held).cpu().sort().values
+    result["thresholds"], result["flagged"] = verdicts(args, task, student, calibration)
+    costs_t, costs_s = cost(teacher, task.x), cost(student, task.x)
+    result |= {key: {"teacher": costs_t[key], "student": costs_s[key]} for key in costs_t}
+    result |= {"ratio": costs_t["flops"] / costs_s["flops"], "classes": task.classes}
+    result |= {"dataset": args.dataset, "normal": task.normal, "seed": args.seed}
+    result["pair"] = f"{source}, {args.teacher_width} : {args.student_width}"
+    result["device"] = f"{args.device}, {torch.get_num_threads()} threads"
+    result["torch"] = torch.__version__
+    result["seconds"] = time.monotonic() - began
+    print_result(args, result)
+    save(args, task, teacher.cpu(), student.cpu(), calibration, folder, result)
+
+
+# ----------------------------------------------------------------------------------------- detector
 def p_values(scores, calibration):
     """p = (1 + number of calibration scores >= score) / (n + 1), conformal (Vovk et al. 2005, Bates
     et al. 2023), of scores (N,), given the sorted ones (n,) of normal images that no net saw. Over
@@ -443,251 +772,45 @@ def p_values(scores, calibration):
     return (1 + n - below).double() / (n + 1)
 
 
-def auroc(gan, x, x_test, y_test):
-    """AUROC in percent, anomaly = 1, of a GAN's plain and its whitened scores. x are its training
-    images. Raises ValueError if a score is NaN."""
-    mean, white = whitening(gan, x)
-    r = in_parts(gan.residual, x_test)
-    scores = r.norm(dim=1), ((r - mean) @ white).norm(dim=1)
-    return [100 * metrics.roc_auc_score(y_test, values.cpu()) for values in scores]
+def save_samples(path, task, teacher, student):
+    """A picture of 8 normal test images (or training images, if there are none) and, after a gap, 8
+    anomalies, taken evenly from all, by falling score; below, what each net makes of them."""
+    x, y = task.x_test.cpu(), task.y_test
+    if not len(x):
+        x, y = task.x.cpu(), torch.zeros(len(task.x), dtype=torch.bool)
+    parts, gap = [], torch.full_like(x[:1], -1)
+    for its in (~y).nonzero().flatten(), y.nonzero().flatten():
+        some = x[its[:: math.ceil(len(its) / 8) or 1]]
+        parts.append(some[score(student, some).argsort(descending=True)])
+    rows = [parts, *([gan.g(part).x_hat for part in parts] for gan in (teacher, student))]
+    tiles = torch.cat([tile for normal, anomalies in rows for tile in (normal, gap, anomalies)])
+    tiles = F.interpolate(tiles, scale_factor={32: 3, 64: 2}.get(x.shape[3], 1))  # to be seen
+    torchvision.utils.save_image(tiles / 2 + 0.5, path, nrow=len(tiles) // 3)
 
 
-def pca_auroc(x, x_test, y_test):
-    """AUROC in percent of PCA's reconstruction error (90 % of the variance, at 32 x 32)."""
-    x, x_test = (F.adaptive_avg_pool2d(t, 32).flatten(1).cpu().numpy() for t in (x, x_test))
-    pca = decomposition.PCA(0.9, svd_solver="covariance_eigh").fit(x)  # fast on many images
-    errors = x_test - pca.inverse_transform(pca.transform(x_test))
-    return 100 * metrics.roc_auc_score(y_test, (errors**2).sum(1))
-
-
-def cost(gan, x):
-    """What a GAN costs: params and flops (of one image) of generator and discriminator. The
-    generator is all that scoring takes: MB of weights, and microseconds per image on the device of
-    x (N, C, size, size), alone (us_1) and of 256 in parts (us_256). And l1 = E[|x - x_hat|]."""
-    with FlopCounterMode(display=False) as counter:
-        gan.d(gan.g(x[:1]).x_hat)
-    params, params_g = (sum(map(torch.numel, net.parameters())) for net in (gan, gan.g))
-    found = {"params": params, "flops": counter.get_total_flops(), "MB": 4e-6 * params_g}
-    for n in (1, 256):
-        some = x[torch.arange(n) % len(x)]
-        seconds = timeit.repeat(lambda: score(gan, some).cpu(), number=1, repeat=11)
-        found[f"us_{n}"] = 1e6 / n * min(seconds)  # the least disturbed
-    return found | {"l1": contextual_loss(x, in_parts(lambda part: gan.g(part).x_hat, x)).item()}
-
-
-# --------------------------------------------------------------------------------------------- data
-def read_image(path, size):
-    """An image file, turned upright by its EXIF flag, as uint8 (3, size, size). Raises OSError."""
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # grey beyond 8 bits, which Pillow would clip to 255
-                raise ValueError("it has more than 8 bits a channel")
-            image = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # decoders raise all sorts on broken bytes
-        raise OSError(f"{path} cannot be used as an image ({error}): mend or remove it") from error
-    return TF.resize(TF.pil_to_tensor(image), [size, size])
-
-
-def load_folder(root, size):
-    """load_images() of root/train/<class>/* and root/test/<class>/*, MVTec AD's layout."""
-    train, test = (
-        torchvision.datasets.ImageFolder(root / split, loader=lambda path: read_image(path, size))
-        for split in ("train", "test")
-    )
-    x, x_test = (torch.stack([image for image, _ in split]) for split in (train, test))
-    c_test = [train.class_to_idx.get(test.classes[k], -1) for k in test.targets]  # -1: not in train
-    return x, torch.tensor(train.targets), x_test, torch.tensor(c_test), train.classes
-
-
-def load_images(dataset, root, size):
-    """All of a data set: (x, c, x_test, c_test, classes). x, x_test: (N, C, size, size), 0 to 255,
-    with C = 3 for CIFAR-10 and folders, else 1; c, c_test: int64 (N,), indices into `classes`, a
-    list, -1 for a class that is in test only. Raises OSError for what cannot be used."""
-    if dataset == "folder":
-        return load_folder(root, size)
-    classes = list("0123456789")
-    if dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
-        digits = datasets.load_digits()
-        x, c = (digits.images * 15.9375).astype("uint8"), digits.target  # 0..16 -> 0..255
-        parts = model_selection.train_test_split(x, c, test_size=1 / 3, stratify=c, random_state=0)
-    else:
-        name = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
-        source = getattr(torchvision.datasets, name)
-        try:
-            train, test = source(root, download=True), source(root, train=False)
-        except Exception as error:  # no network, a missing file, broken bytes
-            raise OSError(f"{name} in {root}: {error}; delete it, run again online") from error
-        parts = train.data, test.data, train.targets, test.targets
-        if dataset != "mnist":
-            classes = train.classes
-    x, x_test, c, c_test = map(torch.as_tensor, parts)  # x: (N, h, w), or (N, h, w, 3)
-    x, x_test = (t.reshape(*t.shape[:3], -1).permute(0, 3, 1, 2) for t in (x, x_test))
-    return TF.resize(x, size), c, TF.resize(x_test, size), c_test, classes
-
-
-def load_task(args, device):
-    """The task that the settings name: (x, x_test, y_test, name of the normal class): its images in
-    the training split and the whole test split, float32 in [-1, 1] on the device; y_test (N,) is
-    true for an anomaly. With args.val, a fixed tenth of the training split is the test split.
-    Raises ValueError for an unknown class, OSError for unusable data."""
-    x, c, x_test, c_test, classes = load_images(args.dataset, Path(args.data), args.size)
-    names = classes + [str(i) for i in range(len(classes))]
-    if args.normal not in names:
-        raise ValueError(f"--normal {args.normal}: the classes are {', '.join(classes)}")
-    normal = names.index(args.normal) % len(classes)  # by name or index
-    if args.val:
-        x, x_test, c, c_test = model_selection.train_test_split(x, c, test_size=0.1, random_state=0)
-    y_test = c_test != normal
-    if len(y_test.unique()) < 2:
-        raise ValueError(f"--normal {args.normal}: no AUROC without normal images and anomalies")
-    x, x_test = ((images.float() / 127.5 - 1).to(device) for images in (x[c == normal], x_test))
-    return x, x_test, y_test, classes[normal]
-
-
-# ---------------------------------------------------------------------------------------------- run
-def run(args):
-    """Train, evaluate, save. Returns what result.json has; raises as load_task, load_gan, fit."""
-    began = time.perf_counter()
-    x, x_test, y_test, name = load_task(args, args.device)
-    folder = make_folder(args, name)
-    x_held = x[:0]
-    if args.holdout:
-        x, x_held = model_selection.train_test_split(x, test_size=args.holdout, random_state=0)
-    print(f"{folder.name}: {len(x)} images, held out {len(x_held)}, on {args.device}")
-
-    def fresh(width):
-        """A GAN whose initial weights depend on its form and the seed alone."""
-        torch.manual_seed(args.seed)
-        return GAN(args.size, x.shape[1], width, args.z_dim).to(args.device)
-
-    plain, whitened, curve, speed = {}, {}, {}, {}
-
-    def evaluate(stage, gan):
-        """Note a GAN's AUROCs after a stage or an epoch of it."""
-        plain[stage], whitened[stage] = auroc(gan, x, x_test, y_test)
-
-    def watch(stage, gan, images_per_second):
-        """Note the mean speed so far and, with --curve, the AUROCs."""
-        speed[stage] = images_per_second
-        if args.curve:
-            evaluate(stage, gan)
-            curve.setdefault(stage, []).append([plain[stage], whitened[stage]])
-
-    teacher, student = fresh(args.teacher_width), fresh(args.student_width)
-    alone = fresh(args.student_width)
-    epochs_both = args.epochs1 + args.epochs2
-    common = {"x": x, "args": args, "watch": watch}
-    if args.teacher:
-        path = Path(args.teacher)
-        trained, _ = load_gan(path / folder.name / "teacher.pt" if path.is_dir() else path)
-        teacher.load_state_dict(trained.state_dict() | dict(teacher.named_buffers()))  # unwhitened
-    else:
-        lr = args.lr_teacher / args.teacher_width
-        train_gan(teacher, epochs=args.epochs, lr=lr, stage="teacher", **common)
-    evaluate("teacher", teacher)
-    train_gan(alone, epochs=epochs_both, lr=args.lr_student, stage="student_alone", **common)
-    evaluate("student_alone", alone)
-    distill(teacher, student, epochs=args.epochs1, joint=False, stage="step1", **common)
-    evaluate("step1", student)
-    teacher2 = copy.deepcopy(teacher)  # step 2 trains it on; teacher.pt can start other runs
-    shares = {"share": args.lr_step2, "share_t": args.lr_step2_teacher}
-    distill(teacher2, student, epochs=args.epochs2, joint=True, stage="step2", **shares, **common)
-    evaluate("step2", student)
-    evaluate("teacher_step2", teacher2)
-    if args.ablation:
-        rival_t, rival_s = fresh(args.teacher_width), fresh(args.student_width)
-        distill(rival_t, rival_s, epochs=epochs_both, joint=True, stage="joint_only", **common)
-        evaluate("joint_only", rival_s)
-    result = {"normal": name, "auroc": plain, "auroc_whitened": whitened, "curve": curve}
-    result |= {"images_per_second": speed, "seconds": time.perf_counter() - began}
-    result |= describe(args, teacher, student, x, x_test, y_test)
-    print_tables(result)
-    save(folder, result, teacher, student, x, x_held.cpu(), x_test.cpu(), y_test)
-    print(f"RESULT {json.dumps(result)}")
-    return result
-
-
-def make_folder(args, name):
-    """The folder for the results of a task, given its normal class's name. Raises OSError."""
-    dataset = Path(args.data).resolve().name if args.dataset == "folder" else args.dataset
-    folder = Path(
-        args.out, f"{dataset}-{name}-seed{args.seed}{'-val' * args.val}".replace("/", "-")
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # rather fail now than after the training
-    return folder
-
-
-def describe(args, teacher, student, x, x_test, y_test):
-    """What a result says beside AUROCs: cost() on the normal test images, baselines, origin."""
-    normal = x_test[~y_test]
-    of_t, of_s = cost(teacher, normal), cost(student, normal)
-    found = {key: {"teacher": of_t[key], "student": of_s[key]} for key in of_t}
-    median = x.median(0).values.expand_as(normal)
-    found["l1"]["median_image"] = contextual_loss(normal, median).item()
-    return found | {
-        "ratio": of_t["flops"] / of_s["flops"],
-        "baselines": {"pca": pca_auroc(x, x_test, y_test)},
-        "images": {"train": len(x), "test": len(x_test), "normal": len(normal)},
-        "dataset": args.dataset,
-        "seed": args.seed,
-        "settings": vars(args),
-        "split": "validation" if args.val else "test",
-        "version": VERSION,
-        "versions": {"torch": torch.__version__},
-        "device": f"{args.device}, {torch.get_num_threads()} threads",
-        "bf16": native_bf16(x.device.type),
-    }
-
-
-def print_tables(result):
-    """AUROC of each stage and what it is above the student alone; then what the nets cost."""
-    plain, whitened = result["auroc"], result["auroc_whitened"]
-    print("\nAUROC in %          plain    gain    whitened    gain")
-    for stage in plain:
-        row = f"{stage.replace('_', ' '):13}"
-        for values in plain, whitened:
-            row += f"{values[stage]:12.2f}{values[stage] - values['student_alone']:+8.2f}"
-        print(row)
-    print(f"PCA{result['baselines']['pca']:22.2f}")
-    print("\ncost                   teacher     student   ratio")
-    for key in ("params", "flops", "us_1", "us_256"):  # as cost() explains them
-        teacher, student = result[key].values()
-        print(f"{key:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
-
-
-def save(folder, result, teacher, student, x, x_held, x_test, y_test):
-    """Write the nets, with the whitening of training images x, the pictures and the result. The
-    last use of the nets: leaves them on the CPU, the student without D. Raises OSError."""
+def save(args, task, teacher, student, calibration, folder, result):
+    """Write the student, the pictures and the result. Raises OSError."""
     with tempfile.TemporaryDirectory(dir=folder) as new:  # files appear whole or not at all
-        new = Path(new)
-        (new / "result.json").write_text(json.dumps(result, indent=1))
-        for name, gan in ("teacher.pt", teacher), ("student.pt", student):
-            if result["settings"]["whiten"]:
-                gan.mean, gan.white = whitening(gan, x)
-            gan.cpu()
-            scores = torch.cat([score(gan, image) for image in x_held.split(1)])  # as --score
-            content = {"version": VERSION, "form": gan.form, "weights": gan.state_dict()}
-            torch.save(content | {"calibration": scores.sort().values}, new / name)
-        some = torch.cat([x_test[~y_test][:8], x_test[y_test][:8]])
-        rows = torch.cat([some, teacher.g(some).x_hat, student.g(some).x_hat])
-        torchvision.utils.save_image(rows / 2 + 0.5, new / "samples.png", nrow=16)
-        for file in sorted(new.iterdir(), reverse=True):  # result.json last
-            file.replace(folder / file.name)
-        # the export is last: if this torch fails at it, the rest is there (and an old student.pt2)
+        save_samples(Path(new, "samples.png"), task, teacher, student)
+        saved = {"version": VERSION, "form": student.form, "calibration": calibration}
+        torch.save(saved | {"weights": student.state_dict()}, Path(new, "student.pt"))
         student.requires_grad_(False)
         del student.d  # scoring takes the generator alone
         any_batch = {0: torch.export.Dim.AUTO}
-        exported = torch.export.export(student, (x_test[:2].clone(),), dynamic_shapes=(any_batch,))
-        torch.export.save(exported, new / "student.pt2")
-        (new / "student.pt2").replace(folder / "student.pt2")
-    print(f"\nin {folder}: result.json, samples.png, teacher.pt, student.pt, student.pt2")
+        exported = torch.export.export(student, (task.x[:2].cpu(),), dynamic_shapes=(any_batch,))
+        about = {"size": args.size, "alpha": args.alpha, "calibration": calibration.tolist()}
+        extra = {"about.json": json.dumps(about)}  # what a verdict needs
+        torch.export.save(exported, Path(new, "student.pt2"), extra_files=extra)
+        Path(new, "result.json").write_text(json.dumps(result, indent=1))
+        (folder / "result.json").unlink(missing_ok=True)  # the mark of a whole run: last to come
+        for name in ("samples.png", "student.pt", "student.pt2", "result.json"):
+            Path(new, name).replace(folder / name)
+    print(f"\nin {folder}: result.json, samples.png, student.pt, student.pt2")
     print(f"to score images: python pkdgan.py --score '{folder}/student.pt' IMAGE_OR_FOLDER")
 
 
-# -------------------------------------------------------------------------- using a trained student
 def load_gan(path):
-    """(GAN, calibration scores) of a student.pt or teacher.pt, on the CPU. Raises OSError."""
+    """(GAN, its calibration scores) of a student.pt, on the CPU. Raises OSError."""
     try:
         damaged = zipfile.ZipFile(path).testzip()
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -697,39 +820,67 @@ def load_gan(path):
         if damaged or saved["version"] != VERSION or not numbers.isfinite().all():
             raise ValueError("damaged, or of another version")
     except Exception as error:  # torch raises all sorts on what is foreign
-        raise OSError(f"{path} is no whole student.pt or teacher.pt ({error!r:.80})") from error
+        raise OSError(f"{path} is no whole student.pt ({error!r:.80})") from error
     return gan, calibration
 
 
 def score_files(args):
-    """Print a line for each image file, in folders too: path, score, p-value, and "anomaly" if
-    p <= args.alpha. One that cannot be read is named on stderr; then, OSError at the end."""
+    """Print a line for each image file, in folders too: path, score, p-value and verdict, "anomaly"
+    if p <= args.alpha, "?" if too few were held out to tell. One that cannot be read is named on
+    stderr; then, OSError at the end."""
     gan, calibration = load_gan(args.score[0])
     size, channels, *_ = gan.to(args.device).form
-    if channels == 1:
-        note("this student sees in grey: colour is dropped")
-    note(f"{len(calibration)} images held out (--holdout): p >= 1 / {len(calibration) + 1}")
-    files = []
+    few = args.alpha * (len(calibration) + 1) < 1
+    if few:
+        note(f"no verdicts: --alpha {args.alpha} needs more than the {len(calibration)} held out")
+    files, failed = [], False
     for path in map(Path, args.score[1:]):
-        inside = (f for f in path.rglob("*") if torchvision.datasets.folder.is_image_file(f.name))
-        files += sorted(inside) if path.is_dir() else [path]
-    failed = not files
+        files += image_files(path) if path.is_dir() else [path]
     print("path\tscore\tp-value\tverdict")
     for file in files:
         try:
-            x = read_image(file, size)[None].float()
+            x = read_image(file, size)[None] / 127.5 - 1
         except OSError as error:
             note(error)
             failed = True
             continue
-        if channels == 1:
-            x = x.mean(1, keepdim=True)
-        value = score(gan, (x / 127.5 - 1).to(args.device)).cpu()
+        x = x if channels == 3 else x.mean(1, keepdim=True)
+        value = score(gan, x.to(args.device)).cpu()
         p = p_values(value, calibration).item()
-        line = f"{repr(str(file))[1:-1]}\t{value.item():.5g}\t{p:.4g}"  # no tabs in the name
-        print(f"{line}\t{'anomaly' if p <= args.alpha else '-'}")
-    if failed:
+        verdict = "?" if few else "anomaly" if p <= args.alpha else "-"
+        name = repr(str(file))[1:-1]  # without tabs
+        print(f"{name}\t{value.item():.4g}\t{p:.4g}\t{verdict}")
+    if failed or not files:
         raise OSError(f"no images, or not all of these {len(files)} could be read")
+
+
+# ------------------------------------------------------------------------------------- command line
+def parse(argv=None):
+    """Settings (a namespace) from a command line, sys.argv by default. Bad usage exits with 2."""
+    about = f"Other defaults of data sets: {PER_DATASET}"
+    parser = argparse.ArgumentParser("pkdgan.py", usage=argparse.SUPPRESS, epilog=about)
+    parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
+    parser.add_argument("--table", help="a folder of runs: print its results as Markdown tables")
+    rows = rows_of(PROGRAM + METHOD)
+    for name, default, span, text in rows:
+        kind, choices = type(default), span.split("|")
+        options = {
+            "type": kind,
+            "choices": [kind(word) for word in choices] if choices[1:] else None,
+        }
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, default=default, help=f"{text} ({default})", **options)
+    parser.set_defaults(**PER_DATASET[parser.parse_args(argv).dataset])
+    args = parser.parse_args(argv)
+    for name, _, span, _ in rows:
+        low, dots, high = span.partition("..")
+        if dots and not float(low) <= getattr(args, name) < float(high or "inf"):
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not in {span}")
+    args.data = str(Path(args.data).resolve())  # one folder has one name
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return args
 
 
 def note(message):
@@ -741,10 +892,12 @@ def main(argv=None):
     """The command-line program; returns its exit code: 0, 1 failure, 2 bad value, 130 Ctrl-C."""
     args = parse(argv)
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # any file name; at once
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
     try:
-        (score_files if args.score else run)(args)
-    except BrokenPipeError:  # "| head" has seen enough: end quietly
-        os._exit(1)
+        if args.table:
+            print_tables(args.table)
+        else:
+            (score_files if args.score else run)(args)
     except KeyboardInterrupt:
         note("interrupted; no result is half-written")
         return 130
