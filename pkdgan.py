@@ -48,8 +48,8 @@ torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on CUDA, too
 # ----------------------------------------------------------------------------------------- settings
 METHOD = """
 networks            default  range
-    teacher_width       128  1..    channels of the teacher's first block
-    student_width        10  1..    channels of the student's first block
+    teacher_width        32  1..    channels of the teacher's first block
+    student_width         2  1..    channels of the student's first block
     z_dim               256  1..    numbers in a code z or z_hat, teacher and student alike
 epochs
     epochs                8  0..    epochs of the teacher
@@ -61,8 +61,8 @@ epochs
 rates
     lr_teacher         1e-3  0..    learning rate of a teacher of width 32; a wider one's is lower
     lr_student         2e-3  0..    learning rate of the student
-    lr_step2            0.5  0..    share of the student's rate in step 2
-    lr_step2_teacher   0.01  0..    share of the teacher's rate in step 2; at more, its AUROC falls
+    lr_step2            0.2  0..    share of the student's rate in step 2
+    lr_step2_teacher    0.1  0..    share of the teacher's rate in step 2; at more, its AUROC falls
 weights
     w_adv               1.0  0..    of a GAN's adversarial loss
     w_con               1.0  0..    of a GAN's contextual loss
@@ -477,12 +477,12 @@ the run
     skip_finished     false  -      do nothing if there is a result of the same settings and version
     alpha              0.05  1e-9..1   share of false alarms that a verdict accepts
 """
-PER_DATASET = {  # other defaults of each
+PER_DATASET = {  # other defaults of each; student_width: the paper's ratio of FLOPs or more
     "digits": {"normal": "8", "epochs": 20, "epochs1": 40, "epochs2": 10, "batch": 16}
-    | {"teacher_width": 32, "student_width": 4, "lr_student": 5e-3, "w_con": 10.0},
-    "mnist": {"student_width": 5, "lr_student": 5e-3, "w_con": 10.0},
-    "fmnist": {"student_width": 3, "epochs1": 8, "epochs2": 2},
-    "cifar10": {"student_width": 16},
+    | {"student_width": 1, "lr_student": 0.02, "w_con": 10.0},
+    "mnist": {"teacher_width": 40, "student_width": 1, "lr_student": 0.02, "w_con": 10.0},
+    "fmnist": {"teacher_width": 56, "student_width": 1},
+    "cifar10": {"teacher_width": 64, "student_width": 8},
     "folder": {"holdout": 0.1, "epoch_images": 4000},
 }
 OF_NO_EFFECT = {"out", "device", "skip_finished", "alpha", "score", "table"}  # on a run's figures
