@@ -15,20 +15,23 @@ one normal class only:
 
 They learn to reconstruct normal images and their codes. An anomaly's two codes disagree:
 ||z - z_hat||_2 is the anomaly score [paper], here whitened by what normal images have [ours].
-train_stages() trains both, t and s, their generators g and discriminators d:
+train_stages() trains both, t and s, their generators t.g, s.g and discriminators t.d, s.d:
 
-    stage           moves      discriminator tells            generator learns by     peak rate
-    teacher         t.g t.d    x from x_hat_t                 L_G                     lr_teacher
-    student alone   s.g s.d    x from x_hat_s                 L_G                     lr_student
-    step 1          s.g s.d    x_hat_t from x_hat_s           L_KD                    lr_student
-    step 2          all four   s.d both, t.d as the teacher   s L_KD + L_G, t L_G     shares of both
-    (a single joint step, the rival, is a step 2 of fresh nets at full rates: epochs = epochs1 = 0,
-    lr_step2 = lr_step2_teacher = 1)
+    stage           moves      discriminator tells           generator learns by    peak rate
+    teacher         t.g t.d    x from x_hat_t                L_G                    lr_teacher
+    student alone   s.g s.d    x from x_hat_s                L_G                    lr_student
+    step 1          s.g s.d    x_hat_t from x_hat_s          L_KD                   lr_student
+    step 2          all four   t.d: x from x_hat_t           t.g: L_G               shares of
+                               s.d: both of the above two    s.g: L_KD + L_G        both rates
 
-Each stage has a new Adam, warm-up and cosine. The student alone is the baseline: the same net, as
-many updates as both steps. In step 1 the student is fresh and the teacher frozen [paper]; step 2
-goes on with step 1's nets, s.d included. L_G: gan_losses(); L_KD: distillation_losses(). The first
-half of this file, down to "# ====", is the method: pasted alone, it trains. The rest is a program.
+Each stage has a new Adam, warm-up and cosine. The student alone is the baseline: the same net, from
+the same weights, as many updates as both steps. In step 1 the student is fresh and the teacher
+frozen [paper]; step 2 goes on with step 1's nets, s.d included. A single joint step, the rival, is
+a step 2 of fresh nets: epochs = epochs1 = 0, lr_step2 = lr_step2_teacher = 1.
+
+The first half of this file, down to "# ====", is the method; pasted alone, it trains:
+
+    nets = train_stages(x)  # normal images (N, C, 32, 32) in [-1, 1]; then score(nets["step2"], x)
 """
 
 import copy
@@ -59,7 +62,7 @@ epochs
     batch                64  1..    images in an update
     seed                  0  0..    random seed of weights and batch order
 rates
-    lr_teacher         1e-3  0..    learning rate of a teacher of width 32; a wider one's is lower
+    lr_teacher         1e-3  0..    learning rate of the teacher, times 32 / teacher_width
     lr_student         2e-3  0..    learning rate of the student
     lr_step2            0.2  0..    share of the student's rate in step 2
     lr_step2_teacher    0.1  0..    share of the teacher's rate in step 2; at more, its AUROC falls
@@ -69,7 +72,7 @@ weights
     w_lat               1.0  0..    of a GAN's latent loss
     kd_inter          100.0  0..    of the intermediate distillation loss
     kd_latent         100.0  0..    of the latent distillation loss
-    kd_adv             10.0  0..    of the adversarial distillation loss
+    kd_adv             10.0  0..    of the adversarial distillation loss, and of its D's loss
 """
 
 
@@ -102,7 +105,7 @@ class Blocks(nn.Sequential):
         for block in self:
             h = block(h)
             hidden.append(h)
-        h = h.float() if h.dtype == torch.bfloat16 else h  # no cast, no device in an export
+        h = h.float() if h.dtype == torch.bfloat16 else h  # else an export would keep a device
         return h, hidden[:-1]
 
 
@@ -292,10 +295,10 @@ def distillation_losses(student, out_t, out_s, *, kd_inter, kd_latent, kd_adv):
 
 # ----------------------------------------------------------------------------------------- training
 def fit(losses, rates, n, *, epochs, epoch_images, batch, seed, report):
-    """Train the GANs of rates, {GAN: its peak learning rate}, on n images by losses(indices of
-    images (B,)) -> (loss for the discriminators, loss for the generators). Rates rise, then fall as
-    a cosine to zero (Smith and Topin 2018) [ours]. Seed and epoch alone give the images' order.
-    After each epoch: report(epoch, mean loss_d, mean loss_g). Overflow: FloatingPointError."""
+    """Train GANs on n images. rates: {GAN: its peak learning rate}, which rise, then fall as a
+    cosine to zero (Smith and Topin 2018) [ours]. losses(indices of images (B,)) -> (loss for D's,
+    loss for G's). Seed and epoch alone give the images' order. After each epoch: report(epoch, mean
+    loss for D's, mean loss for G's). Raises FloatingPointError if they overflow."""
     d_weights = [p for gan in rates for p in gan.d.parameters()]
     g_weights = [p for gan in rates for p in gan.g.parameters()]
     groups = [{"params": gan.parameters()} for gan in rates]
@@ -305,7 +308,7 @@ def fit(losses, rates, n, *, epochs, epoch_images, batch, seed, report):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, list(rates.values()), updates, pct_start=0.15, cycle_momentum=False
     )  # pct_start: at 0.1 torch divides by 0 where there are 10 updates
-    # convolutions in bfloat16 where native; no cache: weights' gradients are summed in float32
+    # bfloat16 where native; no cache of cast weights: gradients of their uses are summed in float32
     device = d_weights[0].device
     bf16 = native_bf16(device.type)
     autocast = torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)
@@ -341,32 +344,32 @@ def native_bf16(kind):
 # of a training: each gives the losses(indices of images) -> (for D's, for G's) that fit() takes
 
 
-def gan_stage(gan, x, own):
-    """A GAN by itself on images x (N, C, size, size); own: weights of gan_losses()."""
-    return lambda i: gan_losses(gan, x[i], gan.g(x[i]), **own)
+def gan_stage(gan, x, gan_weights):
+    """A GAN by itself on images x (N, C, size, size)."""
+    return lambda i: gan_losses(gan, x[i], gan.g(x[i]), **gan_weights)
 
 
-def step1_stage(teacher, student, x, kd):
-    """The student learns from the frozen teacher alone; kd: weights of distillation_losses()."""
+def step1_stage(teacher, student, x, kd_weights):
+    """The student learns from the frozen teacher alone."""
     with torch.no_grad():  # what a frozen teacher makes of an image never changes: made once
         parts = [teacher.g(part, attention=True) for part in x.split(128)]
         of_teacher = [torch.cat(field) for field in zip(*parts, strict=True)]
 
     def losses(i):
         out_t = Generated(*(field[i] for field in of_teacher))
-        return distillation_losses(student, out_t, student.g(x[i], attention=True), **kd)
+        return distillation_losses(student, out_t, student.g(x[i], attention=True), **kd_weights)
 
     return losses
 
 
-def joint_stage(teacher, student, x, own, kd):
+def joint_stage(teacher, student, x, gan_weights, kd_weights):
     """The teacher learns by its own losses, the student by its own and distillation's."""
 
     def losses(i):
         out_t, out_s = teacher.g(x[i], attention=True), student.g(x[i], attention=True)
-        kd_d, kd_g = distillation_losses(student, out_t, out_s, **kd)
-        own_d, own_g = gan_losses(student, x[i], out_s, **own)
-        teacher_d, teacher_g = gan_losses(teacher, x[i], out_t, **own)
+        kd_d, kd_g = distillation_losses(student, out_t, out_s, **kd_weights)
+        own_d, own_g = gan_losses(student, x[i], out_s, **gan_weights)
+        teacher_d, teacher_g = gan_losses(teacher, x[i], out_t, **gan_weights)
         return kd_d + own_d + teacher_d, kd_g + own_g + teacher_g
 
     return losses
@@ -377,8 +380,8 @@ def train_stages(x, settings=DEFAULTS, report=lambda *progress: None):
     16 or more. After each epoch: report(stage, gan, epoch, mean loss_d, mean loss_g). Returns
     {stage: GAN}, all whitened: "teacher" (as its own stage left it), "student_alone", "step1" and
     "step2". Raises as fit()."""
-    own = {key: getattr(settings, key) for key in ("w_adv", "w_con", "w_lat")}
-    kd = {key: getattr(settings, key) for key in ("kd_inter", "kd_latent", "kd_adv")}
+    gan_weights = {key: getattr(settings, key) for key in ("w_adv", "w_con", "w_lat")}
+    kd_weights = {key: getattr(settings, key) for key in ("kd_inter", "kd_latent", "kd_adv")}
     lr_t, lr_s = settings.lr_teacher * 32 / settings.teacher_width, settings.lr_student
     both = settings.epochs1 + settings.epochs2
     nets = {}
@@ -394,15 +397,23 @@ def train_stages(x, settings=DEFAULTS, report=lambda *progress: None):
         fit(losses, rates, len(x), epochs=epochs, seed=settings.seed, report=say, **order)
 
     teacher, alone = fresh(settings.teacher_width), fresh(settings.student_width)
-    train("teacher", teacher, gan_stage(teacher, x, own), {teacher: lr_t}, settings.epochs)
-    train("student_alone", alone, gan_stage(alone, x, own), {alone: lr_s}, both)
+    train("teacher", teacher, gan_stage(teacher, x, gan_weights), {teacher: lr_t}, settings.epochs)
+    train("student_alone", alone, gan_stage(alone, x, gan_weights), {alone: lr_s}, both)
 
     step1 = fresh(settings.student_width)
-    train("step1", step1, step1_stage(teacher, step1, x, kd), {step1: lr_s}, settings.epochs1)
+    train(
+        "step1", step1, step1_stage(teacher, step1, x, kd_weights), {step1: lr_s}, settings.epochs1
+    )
 
-    moving, step2 = copy.deepcopy(teacher), copy.deepcopy(step1)
+    moving, step2 = copy.deepcopy(teacher), copy.deepcopy(step1)  # the teacher as it was is kept
     rates = {step2: settings.lr_step2 * lr_s, moving: settings.lr_step2_teacher * lr_t}
-    train("step2", step2, joint_stage(moving, step2, x, own, kd), rates, settings.epochs2)
+    train(
+        "step2",
+        step2,
+        joint_stage(moving, step2, x, gan_weights, kd_weights),
+        rates,
+        settings.epochs2,
+    )
 
     for gan in nets.values():
         whiten(gan, x)
@@ -431,12 +442,10 @@ def whiten(gan, x):
     gan.residual_whitener = root.to(r).contiguous()
 
 
-def auroc(gan, x_test, y_test):
-    """AUROC in percent, anomaly = 1, of a GAN's plain score ||z - z_hat||_2 and of its distance().
+def auroc(scores, y):
+    """AUROC in percent of scores (N,), y (N,) true for an anomaly, None if all are of one kind.
     Raises ValueError if a score is NaN."""
-    r = in_parts(gan.residual, x_test)
-    both = r.norm(dim=1), gan.distance(r)
-    return [100 * metrics.roc_auc_score(y_test, scores.cpu()) for scores in both]
+    return 100 * metrics.roc_auc_score(y, scores.cpu()) if len(y.unique()) == 2 else None
 
 
 # ==== the program: data, files, command line ====
@@ -446,12 +455,14 @@ def auroc(gan, x_test, y_test):
 # ///
 import argparse
 import glob
+import os
 import signal
 import statistics
 import sys
 import tempfile
 import time
 import timeit
+import warnings
 import zipfile
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -472,26 +483,26 @@ the task            default  range
     holdout             0.0  0..1   share of normal training images, the last, held out for p-values
     val               false  -      evaluate on a tenth of the training split, not on the test split
 the run
-    out              "runs"  -      where each run makes a folder for its results
+    out              "runs"  -      where each run makes a folder; other settings: another one
     device               ""  -      such as cpu, cuda:1, mps; a GPU if there is one
     skip_finished     false  -      do nothing if there is a result of the same settings and version
     alpha              0.05  1e-9..1   share of false alarms that a verdict accepts
 """
-PER_DATASET = {  # other defaults of each; student_width: the paper's ratio of FLOPs or more
-    "digits": {"normal": "8", "epochs": 20, "epochs1": 40, "epochs2": 10, "batch": 16}
-    | {"student_width": 1, "lr_student": 0.02, "w_con": 10.0},
-    "mnist": {"teacher_width": 40, "student_width": 1, "lr_student": 0.02, "w_con": 10.0},
-    "fmnist": {"teacher_width": 56, "student_width": 1},
-    "cifar10": {"teacher_width": 64, "student_width": 8},
-    "folder": {"holdout": 0.1, "epoch_images": 4000},
+PER_DATASET = {  # flags put before the user's; student_width: the paper's ratio of FLOPs or more
+    "digits": "--normal 8 --epochs 20 --epochs1 40 --epochs2 10 --batch 16 "
+    "--student-width 1 --lr-student 0.02 --w-con 10",
+    "mnist": "--teacher-width 40 --student-width 1 --lr-student 0.02 --w-con 10",
+    "fmnist": "--teacher-width 56 --student-width 1",
+    "cifar10": "--teacher-width 64 --student-width 8",
+    "folder": "--holdout 0.1 --epoch-images 4000 --lr-step2-teacher 0.01",
 }
 OF_NO_EFFECT = {"out", "device", "skip_finished", "alpha", "score", "table"}  # on a run's figures
 
 
 # --------------------------------------------------------------------------------------------- data
 def image_files(root):
-    """All images below a folder in the order of their paths, links followed, but for what is hidden
-    (.x, @x). What else is left out is counted on stderr."""
+    """All images below a folder in the order of their paths, links followed, but not what is hidden
+    (.x, @x). What is left out, but for .x, is counted on stderr."""
     images, others = [], []
     for name in glob.glob("**", root_dir=root, recursive=True):  # ** leaves out .x
         path = Path(root, name)
@@ -527,26 +538,21 @@ def read_image(path, size):
     return TF.pil_to_tensor(image.convert("RGB"))
 
 
-def load_folder(root, size):
-    """load_images() of root/train/<class>/* and root/test/<class>/*, MVTec AD's layout; there need
-    be no test."""
-    train, test = image_files(f"{root}/train"), image_files(f"{root}/test")
-    if not train:
-        raise OSError(f"{root}: no images in train/CLASS/, CLASS being any name")
-    files, n = train + test, len(train)
-    names = [file.relative_to(root).parts[1] for file in files]
-    classes = list(dict.fromkeys(names))
-    x = torch.stack([read_image(file, size) for file in files])
-    c = torch.tensor([classes.index(name) for name in names])
-    return x[:n], c[:n], x[n:], c[n:], classes
-
-
 def load_images(dataset, root, size):
     """All of a data set: (x, c, x_test, c_test, classes). x, x_test: (N, C, size, size), 0 to 255,
     with C = 3 for CIFAR-10 and folders, else 1; c, c_test: int64 (N,), indices into the list
     `classes`, which has those of the training split first. Raises OSError for what is unusable."""
-    if dataset == "folder":
-        return load_folder(root, size)
+    if dataset == "folder":  # root/train/<class>/* and, if there, root/test/<class>/*: MVTec AD's
+        splits = image_files(f"{root}/train"), image_files(f"{root}/test")
+        train, test = ([f for f in files if len(f.relative_to(root).parts) > 2] for files in splits)
+        if not train:
+            raise OSError(f"{root}: no images in train/CLASS/, CLASS being any name")
+        files, n = train + test, len(train)
+        names = [file.relative_to(root).parts[1] for file in files]
+        classes = list(dict.fromkeys(names))
+        x = torch.stack([read_image(file, size) for file in files])
+        c = torch.tensor([classes.index(name) for name in names])
+        return x[:n], c[:n], x[n:], c[n:], classes
     if dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
         digits = datasets.load_digits()
         x, c, classes = (digits.images * 15.9375).astype("uint8"), digits.target, list("0123456789")
@@ -562,8 +568,8 @@ def load_images(dataset, root, size):
         parts = train.data, test.data, train.targets, test.targets
         classes = [text.split(" - ")[0] for text in train.classes]  # MNIST: "0 - zero"
     x, x_test, c, c_test = map(torch.as_tensor, parts)  # x: (N, h, w), or (N, h, w, 3)
-    x, x_test = (t.reshape(*t.shape[:3], -1).permute(0, 3, 1, 2) for t in (x, x_test))
-    return TF.resize(x, size), c, TF.resize(x_test, size), c_test, classes
+    x, x_test = (TF.resize(t.reshape(*t.shape[:3], -1).movedim(3, 1), size) for t in (x, x_test))
+    return x, c, x_test, c_test, classes
 
 
 Task = namedtuple("Task", "x x_held x_test y_test kinds normal classes")
@@ -584,10 +590,11 @@ def load_task(args):
     normal = words.index(args.normal) % len(classes)
     if args.val:
         x, x_test, c, c_test = model_selection.train_test_split(x, c, test_size=0.1, random_state=0)
-    x, x_test = ((t.float() / 127.5 - 1).to(args.device) for t in (x[c == normal], x_test))
-    n = len(x) - math.ceil(args.holdout * len(x))  # neighbours are often alike: no random ones
-    if len(x[:n].mean((1, 2, 3)).unique()) < 10:
+    x = x[c == normal]
+    n = len(x) - math.ceil(args.holdout * len(x))  # the last, not random: neighbours may be alike
+    if len({hash(image.numpy().tobytes()) for image in x[:n]}) < 10:
         raise ValueError(f"{n} images to train on: at least 10 different ones are needed")
+    x, x_test = ((t.float() / 127.5 - 1).to(args.device) for t in (x, x_test))
     kinds = [names[k] for k in c_test]
     return Task(x[:n], x[n:], x_test, c_test != normal, kinds, classes[normal], classes)
 
@@ -595,7 +602,7 @@ def load_task(args):
 # ------------------------------------------------------------------------------------------- report
 def progress(args):
     """A report for train_stages(): a line an epoch, with the time left of all stages."""
-    narrow = 0.15 + args.student_width / args.teacher_width  # the cost of an epoch, about
+    narrow = 0.15 + args.student_width / args.teacher_width  # an epoch's time, roughly as measured
     cost_of = {"teacher": 1, "student_alone": narrow, "step1": narrow, "step2": 1.5}
     epochs = {"teacher": args.epochs, "student_alone": args.epochs1 + args.epochs2}
     epochs |= {"step1": args.epochs1, "step2": args.epochs2}
@@ -605,7 +612,7 @@ def progress(args):
     def report(stage, gan, epoch, loss_d, loss_g):
         nonlocal done
         done += cost_of[stage]
-        left = (time.monotonic() - began) * (total / done - 1)
+        left = (time.monotonic() - began) * max(0, total / done - 1)
         losses = f"loss_D {loss_d:.3f} loss_G {loss_g:.3f}"
         print(f"{stage} {epoch}/{epochs[stage]}: {losses} | {left:.0f} s left of the whole run")
 
@@ -618,7 +625,7 @@ def pca_auroc(task):
     x, x_test = (F.adaptive_avg_pool2d(t, 32).flatten(1).cpu().numpy() for t in images)
     pca = decomposition.PCA(0.9, svd_solver="covariance_eigh").fit(x)  # fast on many images
     errors = x_test - pca.inverse_transform(pca.transform(x_test))
-    return 100 * metrics.roc_auc_score(task.y_test, (errors**2).sum(1))
+    return auroc(torch.tensor(errors).square().sum(1), task.y_test)
 
 
 def cost(gan, x):
@@ -630,39 +637,35 @@ def cost(gan, x):
     params = sum(p.numel() for p in gan.parameters())
     costs = {"params": params, "flops": counter.get_total_flops()}
     for n in (1, 256):
-        timer = timeit.Timer(partial(score, gan, x[torch.arange(n) % len(x)]))
-        costs[f"us_{n}"] = 1e6 / n * min(timer.repeat(11, 1))  # the least disturbed
+        names = {"score": score, "gan": gan, "some": x[torch.arange(n) % len(x)]}
+        seconds = timeit.repeat("score(gan, some).cpu()", number=1, repeat=11, globals=names)
+        costs[f"us_{n}"] = 1e6 / n * min(seconds)  # the least disturbed
     return costs
 
 
 def verdicts(args, task, student, calibration):
     """What verdicts on the test images would be worth: {alpha: threshold, or None if too few images
-    are held out for it}, and for "normal", "anomalies" and each kind of these [number, AUROC against
-    the normal ones, % flagged at each alpha]."""
-    scores, y, n, flagged = score(student, task.x_test).cpu(), task.y_test, len(calibration), {}
-    p = p_values(scores, calibration)
-    ranks = {alpha: int(alpha * (n + 1) + 1e-9) for alpha in sorted({0.01, 0.05, 0.1, args.alpha})}
-    thresholds = {alpha: calibration[-k].item() if k else None for alpha, k in ranks.items()}
+    are held out for it}, and for "normal", "anomalies" and each kind of these [number, AUROC, % of
+    them flagged at each alpha]."""
+    scores, y = score(student, task.x_test).cpu(), task.y_test
+    p, thresholds, flagged = p_values(scores, calibration), {}, {}
+    for alpha in sorted({0.01, 0.05, 0.1, args.alpha}):
+        k = int(alpha * (len(calibration) + 1) + 1e-9)  # flagged is what is above the k-th highest
+        thresholds[alpha] = calibration[-k].item() if k else None
     groups = {"normal": ~y, "anomalies": y}
     for kind in sorted(set(task.kinds) - {task.normal}):
         groups[f"- {kind}"] = torch.tensor([name == kind for name in task.kinds])
     for name, its in groups.items():
-        some = its | ~y
-        area = (
-            100 * metrics.roc_auc_score(its[some], scores[some])
-            if len(y[some].unique()) > 1
-            else None
-        )
         if its.any():
             shares = [100 * (p[its] <= alpha).double().mean().item() for alpha in thresholds]
-            flagged[name] = [int(its.sum()), area, *shares]
+            flagged[name] = [int(its.sum()), auroc(scores[its | ~y], y[its | ~y]), *shares]
     return thresholds, flagged
 
 
 def print_result(args, result):
     """AUROC of each stage and what it is above the student alone; what the nets cost; what verdicts
     would be worth; and a line for each reason for caution."""
-    plain, whitened, pca = result["auroc"], result["auroc_whitened"], result["baselines"]["pca"]
+    plain, whitened, pca = result["auroc"], result["auroc_whitened"], result["baselines"].get("pca")
     print("\nAUROC in %          plain    gain    whitened    gain")
     for stage in plain:
         row = f"{stage.replace('_', ' '):13}"
@@ -675,7 +678,7 @@ def print_result(args, result):
         teacher, student = result[key].values()
         print(f"{key:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
     thresholds = result["thresholds"]
-    if result["images"]["held"]:
+    if thresholds:
         cells = (f"{value:8.4g}" if value else f"{'-':>8}" for value in thresholds.values())
         print(
             "\nalpha           ", *(f"{alpha:8}" for alpha in thresholds), "  (-: too few held out)"
@@ -683,7 +686,8 @@ def print_result(args, result):
         print("threshold       ", *cells)
         for name, (n, area, *shares) in result["flagged"].items():
             row = " ".join(f"{share:6.1f} %" for share in shares)
-            print(f"{name:16} {row} flagged of {n}" + (f", AUROC {area:.2f}" if area else ""))
+            text = "" if area is None else f", AUROC {area:.2f}"
+            print(f"{name:16} {row} flagged of {n}{text}")
     cautions = {
         "fewer than 100 images to train on": result["images"]["train"] < 100,
         "too few held out for --alpha": args.holdout and not thresholds[args.alpha],
@@ -691,15 +695,16 @@ def print_result(args, result):
         "an AUROC below 75 misses most anomalies": plain and whitened["step2"] < 75,
         "the student alone is as good": plain and whitened["step2"] <= whitened["student_alone"],
     }
-    for text in [text for text, applies in cautions.items() if applies]:
-        print(f"caution: {text}")
+    for text, applies in cautions.items():
+        if applies:
+            print(f"caution: {text}")
 
 
-def print_tables(out):
+def print_tables(args):
     """The results in a folder of runs as Markdown, a table for each pair of nets and score: a row a
     class and their mean, ± standard deviation over n seeds."""
     tables = {}  # {(title, classes): {seed: {class: {stage: AUROC}}}}
-    for file in sorted(Path(out).glob("*/result.json")):
+    for file in sorted(Path(args.table).glob("*/result.json")):
         result = json.loads(file.read_text())
         usable = result["version"] == VERSION and result["auroc"]
         for key in ("auroc", "auroc_whitened") if usable else ():
@@ -733,23 +738,25 @@ def run(args):
     source += "-val" * args.val
     folder = out / f"{source}-{task.normal}-seed{args.seed}".replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    counts, total = Counter(task.kinds), len(task.kinds)
+    print(f"{folder.name}: {len(task.x)} images, {len(task.x_held)} held out, on {args.device}")
+    counts = Counter(task.kinds)
     normal = counts.pop(task.normal, 0)
     kinds = ", ".join(f"{kind} {number}" for kind, number in counts.items())
-    print(f"{folder.name}: {len(task.x)} images, {len(task.x_held)} held out, on {args.device}")
-    print(f"test: {normal} normal, {total - normal} anomalies ({kinds})")
+    print(f"test: {normal} normal, {counts.total()} anomalies ({kinds})")
     nets = train_stages(task.x, args, progress(args))
     teacher, student = nets["teacher"], nets["step2"]
-    result["images"] = {"train": len(task.x), "held": len(task.x_held), "test": total}
-    result |= {"auroc": {}, "auroc_whitened": {}, "baselines": {"pca": None}}
+    images = {"train": len(task.x), "held": len(task.x_held), "test": len(task.kinds)}
+    result |= {"images": images, "auroc": {}, "auroc_whitened": {}, "baselines": {}}
     if len(task.y_test.unique()) == 2:
         result["baselines"]["pca"] = pca_auroc(task)
         for stage, gan in nets.items():
-            both = auroc(gan, task.x_test, task.y_test)
-            result["auroc"][stage], result["auroc_whitened"][stage] = both
+            r = in_parts(gan.residual, task.x_test)
+            result["auroc"][stage] = auroc(r.norm(dim=1), task.y_test)
+            result["auroc_whitened"][stage] = auroc(gan.distance(r), task.y_test)
     held = [score(student, image) for image in task.x_held.split(1)]  # one by one: as score_files()
     calibration = torch.cat(held).cpu().sort().values
-    result["thresholds"], result["flagged"] = verdicts(args, task, student, calibration)
+    worth = verdicts(args, task, student, calibration) if len(calibration) else ({}, {})
+    result["thresholds"], result["flagged"] = worth
     costs_t, costs_s = cost(teacher, task.x), cost(student, task.x)
     result |= {key: {"teacher": costs_t[key], "student": costs_s[key]} for key in costs_t}
     result |= {"ratio": costs_t["flops"] / costs_s["flops"], "classes": task.classes}
@@ -778,14 +785,13 @@ def save_samples(path, task, teacher, student):
     x, y = task.x_test.cpu(), task.y_test
     if not len(x):
         x, y = task.x.cpu(), torch.zeros(len(task.x), dtype=torch.bool)
-    parts, gap = [], torch.full_like(x[:1], -1)
-    for its in (~y).nonzero().flatten(), y.nonzero().flatten():
-        some = x[its[:: math.ceil(len(its) / 8) or 1]]
-        parts.append(some[score(student, some).argsort(descending=True)])
-    rows = [parts, *([gan.g(part).x_hat for part in parts] for gan in (teacher, student))]
-    tiles = torch.cat([tile for normal, anomalies in rows for tile in (normal, gap, anomalies)])
+    some = [its[:: math.ceil(len(its) / 8) or 1] for its in (x[~y], x[y])]
+    normal, anomalies = (its[score(student, its).argsort(descending=True)] for its in some)
+    row = torch.cat([normal, x[:1], anomalies])  # x[:1]: where the gap will be
+    tiles = torch.cat([row, teacher.g(row).x_hat, student.g(row).x_hat])
+    tiles[len(normal) :: len(row)] = -1
     tiles = F.interpolate(tiles, scale_factor={32: 3, 64: 2}.get(x.shape[3], 1))  # to be seen
-    torchvision.utils.save_image(tiles / 2 + 0.5, path, nrow=len(tiles) // 3)
+    torchvision.utils.save_image(tiles / 2 + 0.5, path, nrow=len(row))
 
 
 def save(args, task, teacher, student, calibration, folder, result):
@@ -829,8 +835,8 @@ def score_files(args):
     if p <= args.alpha, "?" if too few were held out to tell. One that cannot be read is named on
     stderr; then, OSError at the end."""
     gan, calibration = load_gan(args.score[0])
-    size, channels, *_ = gan.to(args.device).form
-    few = args.alpha * (len(calibration) + 1) < 1
+    size, channels, *_ = gan.form
+    few = 1 / (len(calibration) + 1) > args.alpha
     if few:
         note(f"no verdicts: --alpha {args.alpha} needs more than the {len(calibration)} held out")
     files, failed = [], False
@@ -844,8 +850,7 @@ def score_files(args):
             note(error)
             failed = True
             continue
-        x = x if channels == 3 else x.mean(1, keepdim=True)
-        value = score(gan, x.to(args.device)).cpu()
+        value = score(gan, x if channels == 3 else x.mean(1, keepdim=True))
         p = p_values(value, calibration).item()
         verdict = "?" if few else "anomaly" if p <= args.alpha else "-"
         name = repr(str(file))[1:-1]  # without tabs
@@ -863,17 +868,14 @@ def parse(argv=None):
     parser.add_argument("--table", help="a folder of runs: print its results as Markdown tables")
     rows = rows_of(PROGRAM + METHOD)
     for name, default, span, text in rows:
-        kind, choices = type(default), span.split("|")
-        options = {
-            "type": kind,
-            "choices": [kind(word) for word in choices] if choices[1:] else None,
-        }
+        kind, words = type(default), span.split("|")
+        options = {"type": kind, "choices": [*map(kind, words)] if words[1:] else None}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, default=default, help=f"{text} ({default})", **options)
-    parser.set_defaults(**PER_DATASET[parser.parse_args(argv).dataset])
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args([*PER_DATASET[parser.parse_args(argv).dataset].split(), *argv])
     for name, _, span, _ in rows:
         low, dots, high = span.partition("..")
         if dots and not float(low) <= getattr(args, name) < float(high or "inf"):
@@ -893,11 +895,12 @@ def main(argv=None):
     args = parse(argv)
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # any file name; at once
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
+    warnings.simplefilter("default" if sys.flags.dev_mode else "ignore")  # of libraries
+    # more threads are hardly faster on nets this small, and wait for one another on a busy machine
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     try:
-        if args.table:
-            print_tables(args.table)
-        else:
-            (score_files if args.score else run)(args)
+        (print_tables if args.table else score_files if args.score else run)(args)
     except KeyboardInterrupt:
         note("interrupted; no result is half-written")
         return 130
