@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # much here is exact on a CPU alone; before torch looks
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # more may wait for ever where a thread of pytest forks
 
 import pytest
 import torch
