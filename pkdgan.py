@@ -401,19 +401,13 @@ def train_stages(x, settings=DEFAULTS, report=lambda *progress: None):
     train("student_alone", alone, gan_stage(alone, x, gan_weights), {alone: lr_s}, both)
 
     step1 = fresh(settings.student_width)
-    train(
-        "step1", step1, step1_stage(teacher, step1, x, kd_weights), {step1: lr_s}, settings.epochs1
-    )
+    losses = step1_stage(teacher, step1, x, kd_weights)
+    train("step1", step1, losses, {step1: lr_s}, settings.epochs1)
 
     moving, step2 = copy.deepcopy(teacher), copy.deepcopy(step1)  # the teacher as it was is kept
     rates = {step2: settings.lr_step2 * lr_s, moving: settings.lr_step2_teacher * lr_t}
-    train(
-        "step2",
-        step2,
-        joint_stage(moving, step2, x, gan_weights, kd_weights),
-        rates,
-        settings.epochs2,
-    )
+    losses = joint_stage(moving, step2, x, gan_weights, kd_weights)
+    train("step2", step2, losses, rates, settings.epochs2)
 
     for gan in nets.values():
         whiten(gan, x)
