@@ -895,6 +895,8 @@ def main(argv=None):
         torch.set_num_threads(1)
     try:
         (print_tables if args.table else score_files if args.score else run)(args)
+    except BrokenPipeError:  # "| head" has seen enough; sys.exit() would try to write again
+        os._exit(1)
     except KeyboardInterrupt:
         note("interrupted; no result is half-written")
         return 130
