@@ -857,7 +857,8 @@ def score_files(args):
 def parse(argv=None):
     """Settings (a namespace) from a command line, sys.argv by default. Bad usage exits with 2."""
     about = f"Other defaults of data sets: {PER_DATASET}"
-    parser = argparse.ArgumentParser("pkdgan.py", usage=argparse.SUPPRESS, epilog=about)
+    quiet = {"usage": argparse.SUPPRESS, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("pkdgan.py", epilog=about, **quiet)
     parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
     parser.add_argument("--table", help="a folder of runs: print its results as Markdown tables")
     rows = rows_of(PROGRAM + METHOD)
