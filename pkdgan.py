@@ -356,6 +356,7 @@ def step1_stage(teacher, student, x, kd_weights):
         of_teacher = [torch.cat(field) for field in zip(*parts, strict=True)]
 
     def losses(i):
+        """Indices of images (B,) -> the loss for s.d and the loss for s.g."""
         out_t = Generated(*(field[i] for field in of_teacher))
         return distillation_losses(student, out_t, student.g(x[i], attention=True), **kd_weights)
 
@@ -366,6 +367,7 @@ def joint_stage(teacher, student, x, gan_weights, kd_weights):
     """The teacher learns by its own losses, the student by its own and distillation's."""
 
     def losses(i):
+        """Indices of images (B,) -> the loss for both D's and the loss for both G's."""
         out_t, out_s = teacher.g(x[i], attention=True), student.g(x[i], attention=True)
         kd_d, kd_g = distillation_losses(student, out_t, out_s, **kd_weights)
         own_d, own_g = gan_losses(student, x[i], out_s, **gan_weights)
@@ -387,10 +389,12 @@ def train_stages(x, settings=DEFAULTS, report=lambda *progress: None):
     nets = {}
 
     def fresh(width):
+        """A GAN of a width: its initial weights come from the seed alone."""
         torch.manual_seed(settings.seed)
         return GAN(x.shape[3], x.shape[1], width, settings.z_dim).to(x.device)
 
     def train(stage, gan, losses, rates, epochs):
+        """fit() of a stage, whose net is gan, with the settings that all stages share."""
         nets[stage] = gan
         order = {"batch": settings.batch, "epoch_images": settings.epoch_images}
         say = partial(report, stage, gan)
@@ -604,6 +608,7 @@ def progress(args):
     done, began = 0, time.monotonic()
 
     def report(stage, gan, epoch, loss_d, loss_g):
+        """Print the line of an epoch."""
         nonlocal done
         done += cost_of[stage]
         left = (time.monotonic() - began) * max(0, total / done - 1)
