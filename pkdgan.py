@@ -452,6 +452,7 @@ def auroc(scores, y):
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "scikit-learn>=1.5"]
 # ///
 import argparse
+import contextlib
 import glob
 import os
 import signal
@@ -514,11 +515,10 @@ def image_files(root):
 
 def can_open(path):
     """Whether a file is an image to Pillow, whatever its name."""
-    try:
+    with contextlib.suppress(Exception):  # decoders raise all sorts
         Image.open(path).close()
-    except Exception:  # decoders raise all sorts
-        return False
-    return True
+        return True
+    return False
 
 
 def read_image(path, size):
