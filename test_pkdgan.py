@@ -1333,6 +1333,20 @@ def test_readme_names_what_there_is_and_line_endings_stay():
     assert set(re.findall(r"(?<=[ `])--[a-z][a-z0-9-]+", readme)) <= known | {"--upgrade"}
 
 
+def test_one_thread_unless_told_otherwise(monkeypatch):
+    """More of them wait for one another where two runs share the cores."""
+    seen = []
+    monkeypatch.setattr(pk, "run", lambda args: seen.append(torch.get_num_threads()))
+    for told in (None, "2"):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if told:
+            monkeypatch.setenv("OMP_NUM_THREADS", told)
+        torch.set_num_threads(2)
+        assert pk.main([]) == 0
+    torch.set_num_threads(1)
+    assert seen == [1, 2]
+
+
 def test_everything_public_has_a_docstring():
     for name, item in vars(pk).items():
         if getattr(item, "__module__", "") == "pkdgan" and name != "Task":
