@@ -9,13 +9,13 @@ abstract, its follow-up's (arXiv 2109.07295) and public listings say, [ours] wha
 what comes from elsewhere is cited.
 
 A wide teacher (suffix _t) and a narrow student (_s), two GANs of one architecture, see images of
-one normal class only:
+one normal class only and learn to reconstruct these and their codes:
 
     x --encoder--> z --decoder--> x_hat --second encoder--> z_hat      and a discriminator D
 
-They learn to reconstruct normal images and their codes. An anomaly's two codes disagree:
-||z - z_hat||_2 is the anomaly score [paper], here whitened by what normal images have [ours].
-train_stages() trains both, t and s, their generators t.g, s.g and discriminators t.d, s.d:
+An anomaly's two codes disagree: ||z - z_hat||_2 is the anomaly score [paper], here whitened by what
+normal images have [ours]. train_stages() trains both, t and s, their generators t.g, s.g and
+discriminators t.d, s.d:
 
     stage           moves      discriminator tells           generator learns by    peak rate
     teacher         t.g t.d    x from x_hat_t                L_G                    lr_teacher
@@ -37,9 +37,10 @@ The first half of this file, down to "# ====", is the method; pasted alone, it t
 import copy
 import json
 import math
+import re
+from collections import namedtuple
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,34 +52,34 @@ torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on CUDA, too
 # ----------------------------------------------------------------------------------------- settings
 METHOD = """
 networks            default  range
-    teacher_width        32  1..    channels of the teacher's first block
-    student_width         2  1..    channels of the student's first block
-    z_dim               256  1..    numbers in a code z or z_hat, teacher and student alike
+    teacher_width        32  1..inf channels of the teacher's first block
+    student_width         2  1..inf channels of the student's first block
+    z_dim               256  1..inf numbers in a code z or z_hat, teacher and student alike
 epochs
-    epochs                8  0..    epochs of the teacher
-    epochs1              20  0..    epochs of step 1
-    epochs2               4  0..    epochs of step 2; the student alone gets epochs1 + epochs2
-    epoch_images          1  1..    small sets are shown several times an epoch, up to this number
-    batch                64  1..    images in an update
-    seed                  0  0..    random seed of weights and batch order
+    epochs                8  0..inf epochs of the teacher
+    epochs1              20  0..inf epochs of step 1
+    epochs2               4  0..inf epochs of step 2; the student alone gets epochs1 + epochs2
+    epoch_images          1  1..inf small sets are shown several times an epoch, up to this number
+    batch                64  1..inf images in an update
+    seed                  0  0..inf random seed of weights and batch order
 rates
-    lr_teacher         1e-3  0..    learning rate of the teacher, times 32 / teacher_width
-    lr_student         2e-3  0..    learning rate of the student
-    lr_step2            0.2  0..    share of the student's rate in step 2
-    lr_step2_teacher    0.1  0..    share of the teacher's rate in step 2; at more, its AUROC falls
+    lr_teacher         1e-3  0..inf learning rate of the teacher, times 32 / teacher_width
+    lr_student         2e-3  0..inf learning rate of the student
+    lr_step2            0.2  0..inf share of the student's rate in step 2
+    lr_step2_teacher    0.1  0..inf share of the teacher's rate in step 2; at more, its AUROC falls
 weights
-    w_adv               1.0  0..    of a GAN's adversarial loss
-    w_con               1.0  0..    of a GAN's contextual loss
-    w_lat               1.0  0..    of a GAN's latent loss
-    kd_inter          100.0  0..    of the intermediate distillation loss
-    kd_latent         100.0  0..    of the latent distillation loss
-    kd_adv             10.0  0..    of the adversarial distillation loss, and of its D's loss
+    w_adv               1.0  0..inf of a GAN's adversarial loss
+    w_con               1.0  0..inf of a GAN's contextual loss
+    w_lat               1.0  0..inf of a GAN's latent loss
+    kd_inter          100.0  0..inf of the intermediate distillation loss
+    kd_latent         100.0  0..inf of the latent distillation loss
+    kd_adv             10.0  0..inf of the adversarial distillation loss, and of its D's loss
 """
 
 
 def rows_of(table):
     """The settings in a table such as METHOD: [name, default, range, what it is] of each."""
-    rows = [line.split(maxsplit=3) for line in table.splitlines() if line.startswith(" ")]
+    rows = re.findall(r"^ +(\S+) +(\S+) +(\S+) +(.+)", table, re.MULTILINE)
     return [(name, json.loads(default), *rest) for name, default, *rest in rows]
 
 
@@ -86,21 +87,19 @@ DEFAULTS = SimpleNamespace(**{name: default for name, default, *_ in rows_of(MET
 
 # ----------------------------------------------------------------------------------------- networks
 # Shapes at size 32 and width w; C is 1 or 3 channels. Other sizes have more or fewer blocks.
-#
 #     encoder, D    x (C, 32, 32) -> (w, 16, 16) -> (2w, 8, 8) -> (4w, 4, 4) -> z (z_dim), logit (1)
 #     decoder       z (z_dim, 1, 1) -> (4w, 4, 4) -> (2w, 8, 8) -> (w, 16, 16) -> x_hat (C, 32, 32)
-#
 # nn.GroupNorm(c, c) normalises each channel of each image by itself: instance normalisation
-# (Ulyanov et al. 2016) [ours]. The authors had their best results at batch size 1 (arXiv
-# 2109.07295), where batch normalisation in training would compute just this. There are no running
-# statistics: training mode is evaluation mode, and no score depends on a batch.
+# (Ulyanov et al. 2016) [ours]; batch normalisation in training computes just this at batch size 1,
+# where the authors had their best results (arXiv 2109.07295). There are no running statistics:
+# training mode is evaluation mode, and no score depends on a batch.
 
 
 class Blocks(nn.Sequential):
     """A chain of blocks, the last of them its head."""
 
     def forward(self, h):
-        """-> the head's output in float32, [the output of each block before it]."""
+        """-> the head's output, float32, [the output of each block before it]."""
         hidden = []
         for block in self:
             h = block(h)
@@ -121,17 +120,16 @@ def encoder(size, channels, width, n_out):
     blocks = []
     for c_out in block_widths(size, width):
         first = not blocks  # no norm next to the image (DCGAN); elsewhere, a norm cancels a bias
-        conv = nn.Conv2d(channels, c_out, 4, stride=2, padding=1, bias=first)
+        conv = nn.Conv2d(channels, c_out, 4, 2, 1, bias=first)
         norm = nn.Identity() if first else nn.GroupNorm(c_out, c_out)
-        blocks.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2, inplace=True)))
+        blocks.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
         channels = c_out
     return Blocks(*blocks, nn.Sequential(nn.Flatten(), nn.Linear(channels * 4 * 4, n_out)))
 
 
 def upsample(c_in, c_out, bias=False):
     """(B, c_in, h, h) -> (B, c_out, 2h, 2h): DCGAN's transposed 4x4 convolution of stride 2, as a
-    2x2 convolution to four sub-pixels (Shi et al. 2016), the border cropped: faster on a CPU, and
-    nn.ConvTranspose2d's initial weights saturate wide nets at the image."""
+    2x2 one to four sub-pixels (Shi et al. 2016): faster, and wide nets do not start saturated."""
     conv = nn.Conv2d(c_in, 4 * c_out, 2, padding=1, bias=bias)
     return nn.Sequential(conv, nn.PixelShuffle(2), nn.ZeroPad2d(-1))
 
@@ -143,7 +141,7 @@ def decoder(size, channels, width, z_dim):
     c_in = z_dim
     for c_out in reversed(block_widths(size, width)):
         up = upsample(c_in, c_out) if blocks else nn.ConvTranspose2d(c_in, c_out, 4, bias=False)
-        blocks.append(nn.Sequential(up, nn.GroupNorm(c_out, c_out), nn.ReLU(inplace=True)))
+        blocks.append(nn.Sequential(up, nn.GroupNorm(c_out, c_out), nn.ReLU()))
         c_in = c_out
     return Blocks(*blocks, upsample(c_in, channels, bias=True))
 
@@ -157,13 +155,9 @@ def attention_maps(hidden):
     return torch.cat(maps, 1) / len(maps) ** 0.5
 
 
-class Generated(NamedTuple):
-    """What a generator makes of a batch: all that losses, distillation and score need."""
-
-    z: torch.Tensor  # (B, z_dim), of norm sqrt(z_dim)
-    x_hat: torch.Tensor  # (B, C, size, size) in [-1, 1]
-    z_hat: torch.Tensor  # (B, z_dim), of norm sqrt(z_dim)
-    attention: torch.Tensor | None  # Q of first encoder and decoder, to distil, if asked for
+class Generated(namedtuple("Generated", "z x_hat z_hat attention")):
+    """What a generator makes of a batch: z and z_hat (B, z_dim), of norm sqrt(z_dim); x_hat
+    (B, C, size, size) in [-1, 1]; attention, Q of first encoder and decoder, if asked for."""
 
 
 class Generator(nn.Module):
@@ -194,7 +188,7 @@ class GAN(nn.Module):
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
         self.form = size, channels, width, z_dim  # GAN(*gan.form) is another one like gan
-        self.g = Generator(size, channels, width, z_dim)
+        self.g = Generator(*self.form)
         self.d = encoder(size, channels, width, 1)  # to the logit, high for real
         self.register_buffer("residual_mean", torch.zeros(z_dim))  # m and W of distance(): plain
         self.register_buffer("residual_whitener", torch.eye(z_dim))  # until whiten() sets them
@@ -228,8 +222,7 @@ def discriminator_loss(logit_real, logit_fake):
 
 def adversarial_loss(f_x, f_x_hat):
     """L_adv = E[(f(x) - f(x_hat))^2], f is D's last block: feature matching (Salimans et al. 2016),
-    here image by image, as in GANomaly.
-    By hand: adversarial_loss([1., 2.], [1., 0.]) = (0 + 4) / 2 = 2"""
+    image by image, as in GANomaly. By hand: adversarial_loss([1., 2.], [1., 0.]) = 4 / 2 = 2"""
     return F.mse_loss(f_x_hat, f_x.detach())
 
 
@@ -265,9 +258,10 @@ def adversarial_distillation_loss(f_t, f_s):
     return F.mse_loss(f_s, f_t.detach())
 
 
-def gan_losses(gan, x, out, *, w_adv, w_con, w_lat):
-    """The losses (for D, for G) of a GAN by itself, whose generator made `out` of images x:
-    GANomaly's, our weights [ours]."""
+def gan_losses(gan, x, out=None, *, w_adv, w_con, w_lat):
+    """The losses (for D, for G) of a GAN by itself on images x (B, C, size, size): GANomaly's, our
+    weights [ours]. out: what gan.g makes of x, if that is known."""
+    out = out or gan.g(x)
     logit_real, hidden_x = gan.d(x)
     logit_fake, hidden_x_hat = gan.d(out.x_hat)
     # ---- D: minimise L_D; x is real, x_hat is fake
@@ -294,30 +288,30 @@ def distillation_losses(student, out_t, out_s, *, kd_inter, kd_latent, kd_adv):
 
 
 # ----------------------------------------------------------------------------------------- training
-def fit(losses, rates, n, *, epochs, epoch_images, batch, seed, report):
-    """Train GANs on n images. rates: {GAN: its peak learning rate}, which rise, then fall as a
-    cosine to zero (Smith and Topin 2018) [ours]. losses(indices of images (B,)) -> (loss for D's,
-    loss for G's). Seed and epoch alone give the images' order. After each epoch: report(epoch, mean
-    loss for D's, mean loss for G's). Raises FloatingPointError if they overflow."""
+def fit(losses, data, rates, *, epochs, epoch_images, batch, seed, report):
+    """Train GANs. rates: {GAN: its peak learning rate}, which rise, then fall as a cosine to zero
+    (Smith and Topin 2018) [ours]. data: tensors (N, ...), images first; losses(*their rows of a
+    batch) -> (loss for D's, loss for G's). Seed and epoch alone give the images' order. After each
+    epoch: report(epoch, *mean losses). Raises FloatingPointError if these overflow."""
+    n, device = len(data[0]), data[0].device
     d_weights = [p for gan in rates for p in gan.d.parameters()]
     g_weights = [p for gan in rates for p in gan.g.parameters()]
-    groups = [{"params": gan.parameters()} for gan in rates]
-    optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)  # betas: DCGAN's
+    weights = [{"params": gan.parameters()} for gan in rates]
+    optimizer = torch.optim.Adam(weights, betas=(0.5, 0.999), fused=True)  # betas: DCGAN's
     shown = n * max(1, epoch_images // n)
-    updates = max(1, epochs * math.ceil(shown / batch))
+    updates = math.ceil(shown / batch)  # of an epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, list(rates.values()), updates, pct_start=0.15, cycle_momentum=False
+        optimizer, [*rates.values()], max(1, epochs * updates), pct_start=0.15, cycle_momentum=False
     )  # pct_start: at 0.1 torch divides by 0 where there are 10 updates
     # bfloat16 where native; no cache of cast weights: gradients of their uses are summed in float32
-    device = d_weights[0].device
     bf16 = native_bf16(device.type)
     autocast = torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)
     for epoch in range(1, epochs + 1):
         torch.manual_seed(10_000 * seed + epoch)
-        log = []
+        total = 0
         for indices in torch.randperm(shown).to(device).split(batch):
             with autocast:
-                loss_d, loss_g = losses(indices % n)
+                loss_d, loss_g = losses(*(rows[indices % n] for rows in data))
             # D's descend loss_d, G's loss_g, no other net moves. Both gradients are taken before
             # either moves (as GANomaly's are), so L_D and L_adv share D(x_hat).
             optimizer.zero_grad()
@@ -325,11 +319,11 @@ def fit(losses, rates, n, *, epochs, epoch_images, batch, seed, report):
             loss_g.backward(inputs=g_weights)
             optimizer.step()
             schedule.step()
-            log.append(torch.stack([loss_d, loss_g]).detach())
-        mean_d, mean_g = torch.stack(log).mean(0).tolist()  # once an epoch: it waits for the device
-        if not math.isfinite(mean_d + mean_g):
+            total = total + torch.stack([loss_d, loss_g]).detach()
+        means = (total / updates).tolist()  # once an epoch: it waits for the device
+        if not math.isfinite(sum(means)):
             raise FloatingPointError(f"a loss overflows in epoch {epoch}: lower the learning rates")
-        report(epoch, mean_d, mean_g)
+        report(epoch, *means)
 
 
 def native_bf16(kind):
@@ -341,80 +335,64 @@ def native_bf16(kind):
 
 
 # ------------------------------------------------------------------------------------------- stages
-# of a training: each gives the losses(indices of images) -> (for D's, for G's) that fit() takes
+def step1_losses(student, kd_weights, x, *of_teacher):
+    """(for s.d, for s.g) of a student, given images x and what the frozen teacher made of them."""
+    out_t, out_s = Generated(*of_teacher), student.g(x, attention=True)
+    return distillation_losses(student, out_t, out_s, **kd_weights)
 
 
-def gan_stage(gan, x, gan_weights):
-    """A GAN by itself on images x (N, C, size, size)."""
-    return lambda i: gan_losses(gan, x[i], gan.g(x[i]), **gan_weights)
-
-
-def step1_stage(teacher, student, x, kd_weights):
-    """The student learns from the frozen teacher alone."""
-    with torch.no_grad():  # what a frozen teacher makes of an image never changes: made once
-        parts = [teacher.g(part, attention=True) for part in x.split(128)]
-        of_teacher = [torch.cat(field) for field in zip(*parts, strict=True)]
-
-    def losses(i):
-        """Indices of images (B,) -> the loss for s.d and the loss for s.g."""
-        out_t = Generated(*(field[i] for field in of_teacher))
-        return distillation_losses(student, out_t, student.g(x[i], attention=True), **kd_weights)
-
-    return losses
-
-
-def joint_stage(teacher, student, x, gan_weights, kd_weights):
-    """The teacher learns by its own losses, the student by its own and distillation's."""
-
-    def losses(i):
-        """Indices of images (B,) -> the loss for both D's and the loss for both G's."""
-        out_t, out_s = teacher.g(x[i], attention=True), student.g(x[i], attention=True)
-        kd_d, kd_g = distillation_losses(student, out_t, out_s, **kd_weights)
-        own_d, own_g = gan_losses(student, x[i], out_s, **gan_weights)
-        teacher_d, teacher_g = gan_losses(teacher, x[i], out_t, **gan_weights)
-        return kd_d + own_d + teacher_d, kd_g + own_g + teacher_g
-
-    return losses
+def step2_losses(teacher, student, gan_weights, kd_weights, x):
+    """(for both D's, for both G's): a student as in step 1 and by itself, its teacher by itself."""
+    out_t, out_s = teacher.g(x, attention=True), student.g(x, attention=True)
+    kd_d, kd_g = distillation_losses(student, out_t, out_s, **kd_weights)
+    own_d, own_g = gan_losses(student, x, out_s, **gan_weights)
+    teacher_d, teacher_g = gan_losses(teacher, x, out_t, **gan_weights)
+    return kd_d + own_d + teacher_d, kd_g + own_g + teacher_g
 
 
 def train_stages(x, settings=DEFAULTS, report=lambda *progress: None):
     """Train all stages on the normal images x (N, C, size, size) in [-1, 1], size a power of two,
-    16 or more. After each epoch: report(stage, gan, epoch, mean loss_d, mean loss_g). Returns
+    16 or more. After each epoch: report(stage, epoch, mean loss_d, mean loss_g). Returns
     {stage: GAN}, all whitened: "teacher" (as its own stage left it), "student_alone", "step1" and
     "step2". Raises as fit()."""
-    gan_weights = {key: getattr(settings, key) for key in ("w_adv", "w_con", "w_lat")}
-    kd_weights = {key: getattr(settings, key) for key in ("kd_inter", "kd_latent", "kd_adv")}
     lr_t, lr_s = settings.lr_teacher * 32 / settings.teacher_width, settings.lr_student
-    both = settings.epochs1 + settings.epochs2
     nets = {}
+
+    def of_settings(*names):
+        """Some settings, by name."""
+        return {name: getattr(settings, name) for name in names}
 
     def fresh(width):
         """A GAN of a width: its initial weights come from the seed alone."""
         torch.manual_seed(settings.seed)
         return GAN(x.shape[3], x.shape[1], width, settings.z_dim).to(x.device)
 
-    def train(stage, gan, losses, rates, epochs):
-        """fit() of a stage, whose net is gan, with the settings that all stages share."""
+    def train(stage, gan, losses, rates, epochs, *given):
+        """fit() of a stage, whose net is gan, on x and what else is given; then, its whitening."""
+        how = of_settings("epoch_images", "batch", "seed")
+        fit(losses, [x, *given], rates, epochs=epochs, report=partial(report, stage), **how)
+        whiten(gan, x)
         nets[stage] = gan
-        order = {"batch": settings.batch, "epoch_images": settings.epoch_images}
-        say = partial(report, stage, gan)
-        fit(losses, rates, len(x), epochs=epochs, seed=settings.seed, report=say, **order)
 
+    gan_weights = of_settings("w_adv", "w_con", "w_lat")
+    kd_weights = of_settings("kd_inter", "kd_latent", "kd_adv")
     teacher, alone = fresh(settings.teacher_width), fresh(settings.student_width)
-    train("teacher", teacher, gan_stage(teacher, x, gan_weights), {teacher: lr_t}, settings.epochs)
-    train("student_alone", alone, gan_stage(alone, x, gan_weights), {alone: lr_s}, both)
+    losses = partial(gan_losses, teacher, **gan_weights)
+    train("teacher", teacher, losses, {teacher: lr_t}, settings.epochs)
+    losses = partial(gan_losses, alone, **gan_weights)
+    train("student_alone", alone, losses, {alone: lr_s}, settings.epochs1 + settings.epochs2)
 
     step1 = fresh(settings.student_width)
-    losses = step1_stage(teacher, step1, x, kd_weights)
-    train("step1", step1, losses, {step1: lr_s}, settings.epochs1)
+    losses = partial(step1_losses, step1, kd_weights)
+    with torch.no_grad():  # what a frozen teacher makes of an image never changes: made once
+        parts = [teacher.g(part, attention=True) for part in x.split(128)]
+        of_teacher = [torch.cat(field) for field in zip(*parts, strict=True)]
+    train("step1", step1, losses, {step1: lr_s}, settings.epochs1, *of_teacher)
 
-    moving, step2 = copy.deepcopy(teacher), copy.deepcopy(step1)  # the teacher as it was is kept
+    moving, step2 = copy.deepcopy((teacher, step1))  # the teacher as it was is kept
+    losses = partial(step2_losses, moving, step2, gan_weights, kd_weights)
     rates = {step2: settings.lr_step2 * lr_s, moving: settings.lr_step2_teacher * lr_t}
-    losses = joint_stage(moving, step2, x, gan_weights, kd_weights)
     train("step2", step2, losses, rates, settings.epochs2)
-
-    for gan in nets.values():
-        whiten(gan, x)
     return nets
 
 
@@ -426,8 +404,8 @@ def in_parts(f, x):
 
 
 def score(gan, x):
-    """Anomaly scores (N,) of images x (N, C, size, size) in [-1, 1], each image by itself."""
-    return in_parts(gan, x)
+    """Anomaly scores (N,), on the CPU, of images x (N, C, size, size) in [-1, 1], one by one."""
+    return in_parts(gan, x).cpu()
 
 
 def whiten(gan, x):
@@ -441,16 +419,11 @@ def whiten(gan, x):
 
 
 def auroc(scores, y):
-    """AUROC in percent of scores (N,), y (N,) true for an anomaly, None if all are of one kind.
-    Raises ValueError if a score is NaN."""
-    return 100 * metrics.roc_auc_score(y, scores.cpu()) if len(y.unique()) == 2 else None
+    """AUROC in percent of scores (N,), y (N,) true for an anomaly. Raises ValueError for NaN."""
+    return 100 * metrics.roc_auc_score(y, scores.cpu())
 
 
 # ==== the program: data, files, command line ====
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision>=0.21", "scikit-learn>=1.5"]
-# ///
 import argparse
 import contextlib
 import glob
@@ -462,8 +435,7 @@ import tempfile
 import time
 import timeit
 import warnings
-import zipfile
-from collections import Counter, namedtuple
+from collections import Counter
 from pathlib import Path
 
 import torchvision
@@ -472,19 +444,17 @@ from sklearn import datasets, decomposition, model_selection
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
-VERSION = 6  # of the method and the files: raised when a change makes earlier results incomparable
+VERSION = 7  # of the method and the files: raised when a change makes earlier results incomparable
 PROGRAM = """
-the task            default  range
+what a result depends on, with METHOD, default, range
     dataset        "digits"  digits|mnist|fmnist|cifar10|folder   what to train and test on
-    normal              "0"  -      the normal class, by name or index
+    normal              "0"  -      the normal class, by name, or, but for a folder, by index
     data             "data"  -      where data sets are or go to; for folder, what has train/, test/
     size                 32  16|32|64|128|256|512   images become size x size
     holdout             0.0  0..1   share of normal training images, the last, held out for p-values
-    val               false  -      evaluate on a tenth of the training split, not on the test split
-the run
+what it does not depend on
     out              "runs"  -      where each run makes a folder; other settings: another one
     device               ""  -      such as cpu, cuda:1, mps; a GPU if there is one
-    skip_finished     false  -      do nothing if there is a result of the same settings and version
     alpha              0.05  1e-9..1   share of false alarms that a verdict accepts
 """
 PER_DATASET = {  # flags put before the user's; student_width: the paper's ratio of FLOPs or more
@@ -495,277 +465,202 @@ PER_DATASET = {  # flags put before the user's; student_width: the paper's ratio
     "cifar10": "--teacher-width 64 --student-width 8",
     "folder": "--holdout 0.1 --epoch-images 4000 --lr-step2-teacher 0.01",
 }
-OF_NO_EFFECT = {"out", "device", "skip_finished", "alpha", "score", "table"}  # on a run's figures
+Task = namedtuple("Task", "x x_held x_test y_test kinds normal classes")  # by load_task()
 
 
 # --------------------------------------------------------------------------------------------- data
-def image_files(root):
-    """All images below a folder in the order of their paths, links followed, but not what is hidden
-    (.x, @x). What is left out, but for .x, is counted on stderr."""
-    images, others = [], []
-    for name in glob.glob("**", root_dir=root, recursive=True):  # ** leaves out .x
+def image_files(root, pattern="**"):
+    """The images that a pattern finds in a folder, in the order of their paths, links followed, but
+    not what is hidden (.x, @x). What is left out, but for .x, is counted on stderr."""
+    images, files = [], 0
+    for name in glob.glob(pattern, root_dir=root, recursive=True):  # leaves out .x
         path = Path(root, name)
-        if path.is_file():
-            wanted = "/@" not in f"/{name}" and can_open(path)
-            (images if wanted else others).append(path)
-    if others:
-        note(f"{root}: left out {len(others)} files that are no images, such as {others[0]}")
+        files += path.is_file()
+        if "/@" not in f"/{name}":
+            with contextlib.suppress(Exception):  # a folder, or what decoders raise: all sorts
+                Image.open(path).close()
+                images.append(path)
+    if files > len(images):
+        note(f"{root}: left out {files - len(images)} files that are no images")
     return sorted(images)
-
-
-def can_open(path):
-    """Whether a file is an image to Pillow, whatever its name."""
-    with contextlib.suppress(Exception):  # decoders raise all sorts
-        Image.open(path).close()
-        return True
-    return False
 
 
 def read_image(path, size):
     """An image file, turned upright by its EXIF flag, on white where it is transparent, as uint8
     (3, size, size). Raises OSError."""
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF" or ";16" in str(image.tile):  # Pillow would clip or cut them
-                raise ValueError("it has more than 8 bits a channel")
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.open(path)
+        if image.mode[0] in "IF":  # grey, which Pillow would clip to 255
+            raise ValueError("it has more than 8 bits a channel")
+        image = ImageOps.exif_transpose(image).convert("RGBA").resize((size, size), Image.BILINEAR)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     except Exception as error:
         raise OSError(f"{path} cannot be used as an image ({error}): mend or remove it") from error
     return TF.pil_to_tensor(image.convert("RGB"))
 
 
-def load_images(dataset, root, size):
-    """All of a data set: (x, c, x_test, c_test, classes). x, x_test: (N, C, size, size), 0 to 255,
-    with C = 3 for CIFAR-10 and folders, else 1; c, c_test: int64 (N,), indices into the list
-    `classes`, which has those of the training split first. Raises OSError for what is unusable."""
-    if dataset == "folder":  # root/train/<class>/* and, if there, root/test/<class>/*: MVTec AD's
-        splits = image_files(f"{root}/train"), image_files(f"{root}/test")
-        train, test = ([f for f in files if len(f.relative_to(root).parts) > 2] for files in splits)
-        if not train:
-            raise OSError(f"{root}: no images in train/CLASS/, CLASS being any name")
-        files, n = train + test, len(train)
-        names = [file.relative_to(root).parts[1] for file in files]
-        classes = list(dict.fromkeys(names))
-        x = torch.stack([read_image(file, size) for file in files])
-        c = torch.tensor([classes.index(name) for name in names])
-        return x[:n], c[:n], x[n:], c[n:], classes
-    if dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
+def load_split(args, split):
+    """The split "train" or "test": images x (N, C, size, size), 0 to 255, with C = 3 for CIFAR-10
+    and folders, else 1; the class of each; all classes. Raises OSError for unusable data."""
+    if args.dataset == "folder":  # as MVTec AD: train/<class>/* and, if there, test/<class>/*
+        files = image_files(args.data, f"{split}/*/**")
+        kinds = [file.relative_to(args.data).parts[1] for file in files]
+        x = [read_image(file, args.size) for file in files]
+        return torch.stack(x) if x else torch.empty(0), kinds, sorted(set(kinds))
+    if args.dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
         digits = datasets.load_digits()
         x, c, classes = (digits.images * 15.9375).astype("uint8"), digits.target, list("0123456789")
         parts = model_selection.train_test_split(x, c, test_size=1 / 3, stratify=c, random_state=0)
+        x, c = parts[split == "test" :: 2]  # of x, x_test, c, c_test
     else:
-        name = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
-        source = getattr(torchvision.datasets, name)
+        name = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10"}[args.dataset]
         try:
-            train, test = source(root, download=True), source(root, train=False)
+            data = getattr(torchvision.datasets, name)(args.data, split == "train", download=True)
         except Exception as error:  # no network, a missing file, broken bytes
             what = "go online once, or, if it is there but damaged, delete it"
-            raise OSError(f"no {name} in {root} ({error}): {what}") from error
-        parts = train.data, test.data, train.targets, test.targets
-        classes = [text.split(" - ")[0] for text in train.classes]  # MNIST: "0 - zero"
-    x, x_test, c, c_test = map(torch.as_tensor, parts)  # x: (N, h, w), or (N, h, w, 3)
-    x, x_test = (TF.resize(t.reshape(*t.shape[:3], -1).movedim(3, 1), size) for t in (x, x_test))
-    return x, c, x_test, c_test, classes
-
-
-Task = namedtuple("Task", "x x_held x_test y_test kinds normal classes")
+            raise OSError(f"no {name} in {args.data} ({error}): {what}") from error
+        x, c, classes = data.data, data.targets, data.classes
+    x = torch.as_tensor(x)  # (N, h, w), or (N, h, w, 3)
+    x = TF.resize(x.reshape(*x.shape[:3], -1).movedim(3, 1), args.size)
+    return x, [classes[k] for k in c], classes
 
 
 def load_task(args):
-    """The task that the settings name: x, the normal images of the training split, but for the last
-    ones, x_held, held out; x_test, the test split, or with args.val a fixed tenth of the training
-    split; y_test (N,), true for an anomaly; kinds, the class of each test image; normal, the normal
-    class; classes, all of the training split. Images are float32 (N, C, size, size) in [-1, 1].
-    Raises ValueError for an unknown class or too few images, OSError for unusable data."""
-    x, c, x_test, c_test, names = load_images(args.dataset, args.data, args.size)
-    classes = names[: int(c.max()) + 1]
-    indices = [] if any(map(str.isdecimal, names)) else map(str, range(len(classes)))
-    words = [*classes, *indices]  # a number is a name or an index, never both
-    if args.normal not in words:
-        raise ValueError(f"--normal {args.normal}: the classes are {', '.join(classes)}")
-    normal = words.index(args.normal) % len(classes)
-    if args.val:
-        x, x_test, c, c_test = model_selection.train_test_split(x, c, test_size=0.1, random_state=0)
-    x = x[c == normal]
-    n = len(x) - math.ceil(args.holdout * len(x))  # the last, not random: neighbours may be alike
-    if len({hash(image.numpy().tobytes()) for image in x[:n]}) < 10:
+    """x, the normal images of the training split, x_held, the last, held out; x_test, y_test,
+    kinds: the test split, if each is an anomaly, its class; the normal class; all training classes.
+    Images: float32 (N, C, size, size) in [-1, 1]. Raises ValueError, or OSError for bad data."""
+    x, names, classes = load_split(args, "train")
+    x_test, kinds, _ = load_split(args, "test")
+    normal = args.normal
+    if normal.isdecimal() and args.dataset != "folder":  # whose names may be numbers
+        normal = dict(enumerate(classes)).get(int(normal), normal)
+    if normal not in classes:
+        found = ", ".join(classes) or "none, without images in train/CLASS/"
+        raise ValueError(f"--normal {normal}: the classes in {args.data} are {found}")
+    x = x[[name == normal for name in names]]
+    n = int((1 - args.holdout) * len(x))  # the last, not random: neighbours may be alike
+    if len(x[:n].unique(dim=0)) < 10:
         raise ValueError(f"{n} images to train on: at least 10 different ones are needed")
     x, x_test = ((t.float() / 127.5 - 1).to(args.device) for t in (x, x_test))
-    kinds = [names[k] for k in c_test]
-    return Task(x[:n], x[n:], x_test, c_test != normal, kinds, classes[normal], classes)
+    return Task(x[:n], x[n:], x_test, [kind != normal for kind in kinds], kinds, normal, classes)
 
 
 # ------------------------------------------------------------------------------------------- report
 def progress(args):
     """A report for train_stages(): a line an epoch, with the time left of all stages."""
-    narrow = 0.15 + args.student_width / args.teacher_width  # an epoch's time, roughly as measured
-    cost_of = {"teacher": 1, "student_alone": narrow, "step1": narrow, "step2": 1.5}
-    epochs = {"teacher": args.epochs, "student_alone": args.epochs1 + args.epochs2}
-    epochs |= {"step1": args.epochs1, "step2": args.epochs2}
-    total = sum(epochs[stage] * cost_of[stage] for stage in epochs)
+    took = {"teacher": 1, "student_alone": 0.2, "step1": 0.2, "step2": 1.5}  # an epoch, roughly
+    total = args.epochs + 0.4 * args.epochs1 + 1.7 * args.epochs2
     done, began = 0, time.monotonic()
 
-    def report(stage, gan, epoch, loss_d, loss_g):
+    def report(stage, epoch, loss_d, loss_g):
         """Print the line of an epoch."""
         nonlocal done
-        done += cost_of[stage]
-        left = (time.monotonic() - began) * max(0, total / done - 1)
-        losses = f"loss_D {loss_d:.3f} loss_G {loss_g:.3f}"
-        print(f"{stage} {epoch}/{epochs[stage]}: {losses} | {left:.0f} s left of the whole run")
+        done += took[stage]
+        left = (time.monotonic() - began) * (total / done - 1)
+        print(f"{stage} {epoch}: loss_D {loss_d:.3f} loss_G {loss_g:.3f} | {left:.0f} s left")
 
     return report
 
 
 def pca_auroc(task):
     """AUROC in percent of PCA's reconstruction error (90 % of the variance, at 32 x 32)."""
-    images = task.x, task.x_test
-    x, x_test = (F.adaptive_avg_pool2d(t, 32).flatten(1).cpu().numpy() for t in images)
+    x, x_test = (F.adaptive_avg_pool2d(t, 32).flatten(1).cpu() for t in (task.x, task.x_test))
     pca = decomposition.PCA(0.9, svd_solver="covariance_eigh").fit(x)  # fast on many images
-    errors = x_test - pca.inverse_transform(pca.transform(x_test))
-    return auroc(torch.tensor(errors).square().sum(1), task.y_test)
+    errors = x_test - torch.tensor(pca.inverse_transform(pca.transform(x_test)))
+    return auroc(errors.square().sum(1), task.y_test)
 
 
 def cost(gan, x):
-    """What a GAN costs: params and flops (of one image) of generator and discriminator; and of a
-    score, which the generator alone takes, microseconds per image on the device of x (N, C, size,
-    size), of one by itself (us_1) and of 256 in parts (us_256)."""
+    """What a GAN costs: params and flops (of an image) of generator and discriminator; microseconds
+    of a score on the device of x, of one image (us_1) and of each of 256 (us_256)."""
     with FlopCounterMode(display=False) as counter:
         gan.d(gan.g(x[:1]).x_hat)
-    params = sum(p.numel() for p in gan.parameters())
-    costs = {"params": params, "flops": counter.get_total_flops()}
+    costs = {"params": sum(p.numel() for p in gan.parameters()), "flops": counter.get_total_flops()}
     for n in (1, 256):
-        names = {"score": score, "gan": gan, "some": x[torch.arange(n) % len(x)]}
-        seconds = timeit.repeat("score(gan, some).cpu()", number=1, repeat=11, globals=names)
-        costs[f"us_{n}"] = 1e6 / n * min(seconds)  # the least disturbed
+        call = partial(score, gan, x[torch.arange(n) % len(x)])
+        costs[f"us_{n}"] = 1e6 / n * min(timeit.repeat(call, number=1, repeat=11))
     return costs
 
 
-def verdicts(args, task, student, calibration):
-    """What verdicts on the test images would be worth: {alpha: threshold, or None if too few images
-    are held out for it}, and for "normal", "anomalies" and each kind of these [number, AUROC, % of
-    them flagged at each alpha]."""
-    scores, y = score(student, task.x_test).cpu(), task.y_test
-    p, thresholds, flagged = p_values(scores, calibration), {}, {}
-    for alpha in sorted({0.01, 0.05, 0.1, args.alpha}):
-        k = int(alpha * (len(calibration) + 1) + 1e-9)  # flagged is what is above the k-th highest
-        thresholds[alpha] = calibration[-k].item() if k else None
-    groups = {"normal": ~y, "anomalies": y}
-    for kind in sorted(set(task.kinds) - {task.normal}):
-        groups[f"- {kind}"] = torch.tensor([name == kind for name in task.kinds])
-    for name, its in groups.items():
-        if its.any():
-            shares = [100 * (p[its] <= alpha).double().mean().item() for alpha in thresholds]
-            flagged[name] = [int(its.sum()), auroc(scores[its | ~y], y[its | ~y]), *shares]
-    return thresholds, flagged
-
-
-def print_result(args, result):
-    """AUROC of each stage and what it is above the student alone; what the nets cost; what verdicts
-    would be worth; and a line for each reason for caution."""
-    plain, whitened, pca = result["auroc"], result["auroc_whitened"], result["baselines"].get("pca")
-    print("\nAUROC in %          plain    gain    whitened    gain")
-    for stage in plain:
-        row = f"{stage.replace('_', ' '):13}"
-        for values in plain, whitened:
-            row += f"{values[stage]:12.2f}{values[stage] - values['student_alone']:+8.2f}"
-        print(row)
-    print(f"PCA{pca:22.2f}" if plain else "none: the test images are all normal or all anomalies")
-    print("\ncost                   teacher     student   ratio")
-    for key in ("params", "flops", "us_1", "us_256"):  # as cost() explains them
-        teacher, student = result[key].values()
-        print(f"{key:18}{teacher:12,.0f}{student:12,.0f}{teacher / student:8.1f}")
-    thresholds = result["thresholds"]
-    if thresholds:
-        cells = (f"{value:8.4g}" if value else f"{'-':>8}" for value in thresholds.values())
-        print(
-            "\nalpha           ", *(f"{alpha:8}" for alpha in thresholds), "  (-: too few held out)"
-        )
-        print("threshold       ", *cells)
-        for name, (n, area, *shares) in result["flagged"].items():
-            row = " ".join(f"{share:6.1f} %" for share in shares)
-            text = "" if area is None else f", AUROC {area:.2f}"
-            print(f"{name:16} {row} flagged of {n}{text}")
-    cautions = {
-        "fewer than 100 images to train on": result["images"]["train"] < 100,
-        "too few held out for --alpha": args.holdout and not thresholds[args.alpha],
-        "PCA is as good": plain and whitened["step2"] <= pca,
-        "an AUROC below 75 misses most anomalies": plain and whitened["step2"] < 75,
-        "the student alone is as good": plain and whitened["step2"] <= whitened["student_alone"],
-    }
-    for text, applies in cautions.items():
-        if applies:
-            print(f"caution: {text}")
+def shares_flagged(args, task, student, calibration):
+    """What verdicts on the test images are worth: {class: {alpha: % of its images flagged}}."""
+    flagged = {}
+    for kind in sorted({*task.kinds}):
+        x = task.x_test[[name == kind for name in task.kinds]]
+        p, alphas = p_values(score(student, x), calibration), (0.01, 0.05, 0.1, args.alpha)
+        flagged[kind] = {a: round(100 * statistics.mean((p <= a).tolist()), 1) for a in alphas}
+    return flagged
 
 
 def print_tables(args):
-    """The results in a folder of runs as Markdown, a table for each pair of nets and score: a row a
-    class and their mean, ± standard deviation over n seeds."""
-    tables = {}  # {(title, classes): {seed: {class: {stage: AUROC}}}}
+    """Print the results of a folder of runs in Markdown: mean ± standard deviation of n seeds."""
+    tables = {}  # {(title, *classes): {seed: {class: {stage: AUROC}}}}
     for file in sorted(Path(args.table).glob("*/result.json")):
         result = json.loads(file.read_text())
-        usable = result["version"] == VERSION and result["auroc"]
+        usable = result["auroc"] and result["version"] == VERSION
         for key in ("auroc", "auroc_whitened") if usable else ():
-            values = result[key]
-            values["gain"] = values["step2"] - values["student_alone"]
             table = tables.setdefault((f"{result['pair']}, {key}", *result["classes"]), {})
-            table.setdefault(result["seed"], {})[result["normal"]] = values
+            table.setdefault(result["seed"], {})[result["normal"]] = result[key]
+    stages = ["teacher", "student_alone", "step1", "step2", "gain"]
     for (title, *classes), seeds in tables.items():
-        print(f"\n{title}\n\n| class | {' | '.join(values)} | n |\n{'|---' * (len(values) + 2)}|")
+        print(f"\n{title}\n\n| class | {' | '.join(stages)} | n |\n{'|---' * 7}|")
         for name, group in [*((name, [name]) for name in classes), ("mean", classes)]:
             found = [runs for runs in seeds.values() if runs.keys() >= set(group)]
             cells = []
-            for stage in values:
+            for stage in stages:
                 means = [statistics.mean(runs[k][stage] for k in group) for runs in found]
-                cells.append(f"{statistics.mean(means):.2f}" if means else "missing")
-                cells[-1] += f" ± {statistics.stdev(means):.2f}" if len(means) > 1 else ""
+                spread = f" ± {statistics.stdev(means):.2f}" if means[1:] else ""
+                cells.append(f"{statistics.mean(means):.2f}{spread}" if means else "missing")
             print(f"| {name} | {' | '.join(cells)} | {len(found)} |")
 
 
 def run(args):
     """Train, evaluate, print, save. Raises as load_task() and train_stages()."""
-    began, out = time.monotonic(), Path(args.out)
-    settings = {key: value for key, value in vars(args).items() if key not in OF_NO_EFFECT}
-    bf16 = native_bf16(torch.device(args.device).type)
-    result = {"settings": settings, "version": VERSION, "bf16": bf16}
-    for file in out.glob("*/result.json") if args.skip_finished else ():
-        if result.items() <= json.loads(file.read_text()).items():
-            return print(f"finished before: {file}")
-    task = load_task(args)
+    began = time.monotonic()
     source = Path(args.data).name if args.dataset == "folder" else args.dataset
-    source += "-val" * args.val
-    folder = out / f"{source}-{task.normal}-seed{args.seed}".replace("/", "-")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(args.out, f"{source}-{args.normal}-seed{args.seed}".replace("/", "-"))
+    result, file = {"version": VERSION}, folder / "result.json"
+    depends_on = rows_of(PROGRAM.split("not depend")[0] + METHOD)
+    result["settings"] = {name: getattr(args, name) for name, *_ in depends_on}
+    result["bf16"] = native_bf16(torch.device(args.device).type)
+    before = json.loads(file.read_text()) if args.skip_finished and file.exists() else {}
+    if result.items() <= before.items():
+        return print(f"finished before: {file}")
+    task = load_task(args)
+    os.makedirs(folder, exist_ok=True)
     print(f"{folder.name}: {len(task.x)} images, {len(task.x_held)} held out, on {args.device}")
-    counts = Counter(task.kinds)
-    normal = counts.pop(task.normal, 0)
-    kinds = ", ".join(f"{kind} {number}" for kind, number in counts.items())
-    print(f"test: {normal} normal, {counts.total()} anomalies ({kinds})")
+    print(f"test: {dict(Counter(task.kinds))}")
     nets = train_stages(task.x, args, progress(args))
-    teacher, student = nets["teacher"], nets["step2"]
-    images = {"train": len(task.x), "held": len(task.x_held), "test": len(task.kinds)}
-    result |= {"images": images, "auroc": {}, "auroc_whitened": {}, "baselines": {}}
-    if len(task.y_test.unique()) == 2:
-        result["baselines"]["pca"] = pca_auroc(task)
+    student = nets["step2"]
+    plain, whitened = {}, {}
+    if len(set(task.y_test)) == 2:
         for stage, gan in nets.items():
             r = in_parts(gan.residual, task.x_test)
-            result["auroc"][stage] = auroc(r.norm(dim=1), task.y_test)
-            result["auroc_whitened"][stage] = auroc(gan.distance(r), task.y_test)
-    held = [score(student, image) for image in task.x_held.split(1)]  # one by one: as score_files()
-    calibration = torch.cat(held).cpu().sort().values
-    worth = verdicts(args, task, student, calibration) if len(calibration) else ({}, {})
-    result["thresholds"], result["flagged"] = worth
-    costs_t, costs_s = cost(teacher, task.x), cost(student, task.x)
+            plain[stage] = auroc(r.norm(dim=1), task.y_test)
+            whitened[stage] = auroc(gan.distance(r), task.y_test)
+        for values in (plain, whitened):
+            values["gain"] = values["step2"] - values["student_alone"]
+    calibration = score(student, task.x_held).sort().values
+    enough = args.alpha * (1 + len(calibration)) >= 1  # else no p-value is at most alpha
+    costs_t, costs_s = cost(nets["teacher"], task.x), cost(student, task.x)
     result |= {key: {"teacher": costs_t[key], "student": costs_s[key]} for key in costs_t}
-    result |= {"ratio": costs_t["flops"] / costs_s["flops"], "classes": task.classes}
+    result |= {"ratio": costs_t["flops"] / costs_s["flops"], "seconds": time.monotonic() - began}
     result |= {"dataset": args.dataset, "normal": task.normal, "seed": args.seed}
+    result |= {"auroc": plain, "auroc_whitened": whitened, "images": {"test": len(task.kinds)}}
+    result |= {"baselines": {"pca": pca_auroc(task)} if plain else {}, "classes": task.classes}
+    result["flagged"] = shares_flagged(args, task, student, calibration) if enough else {}
     result["pair"] = f"{source}, {args.teacher_width} : {args.student_width}"
-    result["device"] = f"{args.device}, {torch.get_num_threads()} threads"
-    result["torch"] = torch.__version__
-    result["seconds"] = time.monotonic() - began
-    print_result(args, result)
-    save(args, task, teacher.cpu(), student.cpu(), calibration, folder, result)
+    result["device"] = f"{args.device}, {torch.get_num_threads()} threads, {torch.__version__}"
+    print("\nAUROC in %         plain    whitened")
+    for stage, value in plain.items():
+        print(f"{stage:13}{value:11.2f}{whitened[stage]:12.2f}")
+    print(f"PCA {result['baselines'].get('pca', math.nan):20.2f}")
+    print(f"The teacher has {result['ratio']:.0f} times as many FLOPs as the student.")
+    for kind, shares in result["flagged"].items():
+        print(f"% flagged of {kind}, by alpha: {shares}")
+    if not enough:
+        print("No verdicts: --holdout leaves too few images for --alpha.")
+    save(args, task, student.cpu(), calibration, folder, result)
 
 
 # ----------------------------------------------------------------------------------------- detector
@@ -778,109 +673,75 @@ def p_values(scores, calibration):
     return (1 + n - below).double() / (n + 1)
 
 
-def save_samples(path, task, teacher, student):
-    """A picture of 8 normal test images (or training images, if there are none) and, after a gap, 8
-    anomalies, taken evenly from all, by falling score; below, what each net makes of them."""
-    x, y = task.x_test.cpu(), task.y_test
-    if not len(x):
-        x, y = task.x.cpu(), torch.zeros(len(task.x), dtype=torch.bool)
-    some = [its[:: math.ceil(len(its) / 8) or 1] for its in (x[~y], x[y])]
-    normal, anomalies = (its[score(student, its).argsort(descending=True)] for its in some)
-    row = torch.cat([normal, x[:1], anomalies])  # x[:1]: where the gap will be
-    tiles = torch.cat([row, teacher.g(row).x_hat, student.g(row).x_hat])
-    tiles[len(normal) :: len(row)] = -1
-    tiles = F.interpolate(tiles, scale_factor={32: 3, 64: 2}.get(x.shape[3], 1))  # to be seen
-    torchvision.utils.save_image(tiles / 2 + 0.5, path, nrow=len(row))
-
-
-def save(args, task, teacher, student, calibration, folder, result):
-    """Write the student, the pictures and the result. Raises OSError."""
+def save(args, task, student, calibration, folder, result):
+    """Write the student and the result. Raises OSError."""
     with tempfile.TemporaryDirectory(dir=folder) as new:  # files appear whole or not at all
-        save_samples(Path(new, "samples.png"), task, teacher, student)
-        saved = {"version": VERSION, "form": student.form, "calibration": calibration}
-        torch.save(saved | {"weights": student.state_dict()}, Path(new, "student.pt"))
-        student.requires_grad_(False)
-        del student.d  # scoring takes the generator alone
-        any_batch = {0: torch.export.Dim.AUTO}
-        exported = torch.export.export(student, (task.x[:2].cpu(),), dynamic_shapes=(any_batch,))
-        about = {"size": args.size, "alpha": args.alpha, "calibration": calibration.tolist()}
+        new = Path(new)
+        about = {"version": VERSION, "form": student.form, "alpha": args.alpha}
+        about["calibration"] = calibration.tolist()
+        torch.save(about | {"weights": student.state_dict()}, new / "student.pt")
+        batch = {0: torch.export.Dim.AUTO}  # of any size
+        net = torch.export.export(student, (task.x[:2].cpu(),), dynamic_shapes=(batch,))
         extra = {"about.json": json.dumps(about)}  # what a verdict needs
-        torch.export.save(exported, Path(new, "student.pt2"), extra_files=extra)
-        Path(new, "result.json").write_text(json.dumps(result, indent=1))
+        torch.export.save(net, new / "student.pt2", extra_files=extra)
+        (new / "result.json").write_text(json.dumps(result, indent=1))
         (folder / "result.json").unlink(missing_ok=True)  # the mark of a whole run: last to come
-        for name in ("samples.png", "student.pt", "student.pt2", "result.json"):
-            Path(new, name).replace(folder / name)
-    print(f"\nin {folder}: result.json, samples.png, student.pt, student.pt2")
-    print(f"to score images: python pkdgan.py --score '{folder}/student.pt' IMAGE_OR_FOLDER")
+        for name in ("student.pt", "student.pt2", "result.json"):
+            (new / name).replace(folder / name)
+    print(f"now you can: python pkdgan.py --score '{folder}/student.pt' IMAGE_OR_FOLDER")
 
 
 def load_gan(path):
     """(GAN, its calibration scores) of a student.pt, on the CPU. Raises OSError."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        gan, calibration = GAN(*saved["form"]), saved["calibration"]
+        saved = torch.load(path, weights_only=True)
+        gan = GAN(*saved["form"])
         gan.load_state_dict(saved["weights"])
-        numbers = torch.cat([calibration, *map(torch.flatten, gan.state_dict().values())])
-        if damaged or saved["version"] != VERSION or not numbers.isfinite().all():
-            raise ValueError("damaged, or of another version")
+        if saved["version"] != VERSION:
+            raise ValueError("of another version")
     except Exception as error:  # torch raises all sorts on what is foreign
         raise OSError(f"{path} is no whole student.pt ({error!r:.80})") from error
-    return gan, calibration
+    return gan, torch.tensor(saved["calibration"])
 
 
 def score_files(args):
     """Print a line for each image file, in folders too: path, score, p-value and verdict, "anomaly"
-    if p <= args.alpha, "?" if too few were held out to tell. One that cannot be read is named on
-    stderr; then, OSError at the end."""
+    if p <= args.alpha, "?" if too few were held out to tell. Raises OSError."""
     gan, calibration = load_gan(args.score[0])
     size, channels, *_ = gan.form
-    few = 1 / (len(calibration) + 1) > args.alpha
+    few = args.alpha * (1 + len(calibration)) < 1
     if few:
         note(f"no verdicts: --alpha {args.alpha} needs more than the {len(calibration)} held out")
-    files, failed = [], False
-    for path in map(Path, args.score[1:]):
-        files += image_files(path) if path.is_dir() else [path]
     print("path\tscore\tp-value\tverdict")
-    for file in files:
-        try:
+    for path in args.score[1:]:
+        for file in image_files(path) if os.path.isdir(path) else [path]:
             x = read_image(file, size)[None] / 127.5 - 1
-        except OSError as error:
-            note(error)
-            failed = True
-            continue
-        value = score(gan, x if channels == 3 else x.mean(1, keepdim=True))
-        p = p_values(value, calibration).item()
-        verdict = "?" if few else "anomaly" if p <= args.alpha else "-"
-        name = repr(str(file))[1:-1]  # without tabs
-        print(f"{name}\t{value.item():.4g}\t{p:.4g}\t{verdict}")
-    if failed or not files:
-        raise OSError(f"no images, or not all of these {len(files)} could be read")
+            value = score(gan, x if channels == 3 else x.mean(1, keepdim=True))
+            p = p_values(value, calibration).item()
+            verdict = "?" if few else "anomaly" if p <= args.alpha else "-"
+            print(f"{file}\t{value.item():.4g}\t{p:.4g}\t{verdict}")
 
 
 # ------------------------------------------------------------------------------------- command line
-def parse(argv=None):
-    """Settings (a namespace) from a command line, sys.argv by default. Bad usage exits with 2."""
-    about = f"Other defaults of data sets: {PER_DATASET}"
-    quiet = {"usage": argparse.SUPPRESS, "allow_abbrev": False}
-    parser = argparse.ArgumentParser("pkdgan.py", epilog=about, **quiet)
+def parse(argv):
+    """Settings (a namespace) from a command line. Bad usage exits with 2."""
+    parser = argparse.ArgumentParser("pkdgan.py", usage=argparse.SUPPRESS)
+    parser.epilog = f"Other defaults of data sets: {PER_DATASET}"
     parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
     parser.add_argument("--table", help="a folder of runs: print its results as Markdown tables")
+    parser.add_argument("--skip-finished", action="store_true", help="make no run a second time")
     rows = rows_of(PROGRAM + METHOD)
     for name, default, span, text in rows:
         kind, words = type(default), span.split("|")
         options = {"type": kind, "choices": [*map(kind, words)] if words[1:] else None}
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, default=default, help=f"{text} ({default})", **options)
-    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args([*PER_DATASET[parser.parse_args(argv).dataset].split(), *argv])
     for name, _, span, _ in rows:
         low, dots, high = span.partition("..")
-        if dots and not float(low) <= getattr(args, name) < float(high or "inf"):
+        if dots and not float(low) <= getattr(args, name) < float(high):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not in {span}")
-    args.data = str(Path(args.data).resolve())  # one folder has one name
+    args.data = os.path.abspath(args.data)  # one folder has one name
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return args
 
@@ -890,14 +751,13 @@ def note(message):
     print(f"pkdgan.py: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def main(argv=None):
-    """The command-line program; returns its exit code: 0, 1 failure, 2 bad value, 130 Ctrl-C."""
+def main(argv):
+    """The program. Returns its exit code: None if all went well, 1 failure, 2 usage, 130 Ctrl-C."""
     args = parse(argv)
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # any file name; at once
+    sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
-    warnings.simplefilter("default" if sys.flags.dev_mode else "ignore")  # of libraries
-    # more threads are hardly faster on nets this small, and wait for one another on a busy machine
-    if "OMP_NUM_THREADS" not in os.environ:
+    warnings.simplefilter("ignore")  # of libraries
+    if "OMP_NUM_THREADS" not in os.environ:  # more are hardly faster, and wait for one another
         torch.set_num_threads(1)
     try:
         (print_tables if args.table else score_files if args.score else run)(args)
@@ -911,8 +771,7 @@ def main(argv=None):
             raise
         note(error)
         return 2 if isinstance(error, ValueError) else 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
