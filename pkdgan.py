@@ -4,18 +4,17 @@
     python pkdgan.py --dataset cifar10 --normal 3    # the paper's experiment; --help has the rest
 
 Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for One-class Novelty
-Detection", IJCAI 2020 (arXiv 2007.06963). Its full text was not at hand: [paper] marks what its
-abstract, its follow-up's (arXiv 2109.07295) and public listings say, [ours] what was decided here;
-what comes from elsewhere is cited.
+Detection", IJCAI 2020 (arXiv 2007.06963). We had no full text: [paper] marks what its abstract, its
+follow-up's (arXiv 2109.07295) and public listings say, [ours] what we decided; the rest is cited.
 
 A wide teacher (suffix _t) and a narrow student (_s), two GANs of one architecture, see images of
 one normal class only and learn to reconstruct these and their codes:
 
     x --encoder--> z --decoder--> x_hat --second encoder--> z_hat      and a discriminator D
 
-An anomaly's two codes disagree: ||z - z_hat||_2 is the anomaly score [paper], here whitened by what
-normal images have [ours]. train_stages() trains both, t and s, their generators t.g, s.g and
-discriminators t.d, s.d:
+An anomaly's two codes disagree: ||z - z_hat||_2 is the anomaly score [paper], here whitened by mean
+and covariance of normal images' [ours]. train_stages() trains both, t and s, with generators t.g
+and s.g and discriminators t.d and s.d, which tell what is real, named first, from what is not:
 
     stage           moves      discriminator tells           generator learns by    peak rate
     teacher         t.g t.d    x from x_hat_t                L_G                    lr_teacher
@@ -47,21 +46,21 @@ import torch.nn.functional as F
 from sklearn import covariance, metrics
 from torch import nn
 
-torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on CUDA, too
+torch.backends.cudnn.allow_tf32 = False  # scores on CUDA are true float32, as on a CPU
 
 # ----------------------------------------------------------------------------------------- settings
 METHOD = """
 networks            default  range
     teacher_width        32  1..inf channels of the teacher's first block
     student_width         2  1..inf channels of the student's first block
-    z_dim               256  1..inf numbers in a code z or z_hat, teacher and student alike
+    z_dim               256  2..inf numbers in a code z or z_hat, teacher and student alike
 epochs
     epochs                8  0..inf epochs of the teacher
     epochs1              20  0..inf epochs of step 1
     epochs2               4  0..inf epochs of step 2; the student alone gets epochs1 + epochs2
     epoch_images          1  1..inf small sets are shown several times an epoch, up to this number
     batch                64  1..inf images in an update
-    seed                  0  0..inf random seed of weights and batch order
+    seed                  0  0..1e12 random seed of weights and batch order
 rates
     lr_teacher         1e-3  0..inf learning rate of the teacher, times 32 / teacher_width
     lr_student         2e-3  0..inf learning rate of the student
@@ -104,14 +103,16 @@ class Blocks(nn.Sequential):
         for block in self:
             h = block(h)
             hidden.append(h)
-        h = h.float() if h.dtype == torch.bfloat16 else h  # else an export would keep a device
+        h = (
+            h.float() if h.dtype == torch.bfloat16 else h
+        )  # a mere float() would tie an export to a device
         return h, hidden[:-1]
 
 
 def block_widths(size, width):
     """Channels of the blocks down to 4 x 4: doubling, at most 8 * width (Radford et al. 2016).
     By hand: block_widths(32, 128) = [128, 256, 512]"""
-    return [width * 2 ** min(i, 3) for i in range(int(math.log2(size)) - 2)]
+    return [width * 2 ** min(i, 3) for i in range(size.bit_length() - 3)]
 
 
 def encoder(size, channels, width, n_out):
@@ -209,9 +210,8 @@ class GAN(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- losses
-# E[] is the mean over images and elements, so that a weight means the same at any size. The losses
-# of distillation detach what is the teacher's: they move the student only [ours]. A teacher that
-# their gradient reached could lower them by becoming as poor as the student.
+# E[] is the mean over images and elements: a weight means the same at any size. Distillation's
+# detach what is the teacher's [ours], which could lower them by becoming as poor as the student.
 
 
 def discriminator_loss(logit_real, logit_fake):
@@ -239,9 +239,8 @@ def latent_loss(z, z_hat):
 
 
 def intermediate_distillation_loss(attention_t, attention_s, x_hat_t, x_hat_s):
-    """L_inter = E over images of ||Q_t - Q_s||_2^2 [ours] + E[|x_hat_t - x_hat_s|] [paper]. The
-    first is a mean over blocks.
-    By hand, with one block, Q_t = [1, 0], Q_s = [0, 1], x_hat_t = [1.], x_hat_s = [0.5]: 2.5"""
+    """L_inter = E over images ||Q_t - Q_s||_2^2 [ours] + E[|x_hat_t - x_hat_s|] [paper]. By hand,
+    one block, Q_t = [1, 0], Q_s = [0, 1], x_hat_t = [1.], x_hat_s = [0.5]: 2 + 0.5 = 2.5"""
     apart = (attention_s - attention_t.detach()).square().sum(1).mean()
     return apart + F.l1_loss(x_hat_s, x_hat_t.detach())
 
@@ -290,9 +289,9 @@ def distillation_losses(student, out_t, out_s, *, kd_inter, kd_latent, kd_adv):
 # ----------------------------------------------------------------------------------------- training
 def fit(losses, data, rates, *, epochs, epoch_images, batch, seed, report):
     """Train GANs. rates: {GAN: its peak learning rate}, which rise, then fall as a cosine to zero
-    (Smith and Topin 2018) [ours]. data: tensors (N, ...), images first; losses(*their rows of a
-    batch) -> (loss for D's, loss for G's). Seed and epoch alone give the images' order. After each
-    epoch: report(epoch, *mean losses). Raises FloatingPointError if these overflow."""
+    (Smith and Topin 2018) [ours]. data: tensors (N, ...), images first. losses(*GANs, *a batch's
+    rows of data) -> (loss for D's, loss for G's). The images' order: by torch's generator, seeded
+    anew each epoch; after it, report(epoch, *mean losses). Raises FloatingPointError."""
     n, device = len(data[0]), data[0].device
     d_weights = [p for gan in rates for p in gan.d.parameters()]
     g_weights = [p for gan in rates for p in gan.g.parameters()]
@@ -311,7 +310,7 @@ def fit(losses, data, rates, *, epochs, epoch_images, batch, seed, report):
         total = 0
         for indices in torch.randperm(shown).to(device).split(batch):
             with autocast:
-                loss_d, loss_g = losses(*(rows[indices % n] for rows in data))
+                loss_d, loss_g = losses(*rates, *(rows[indices % n] for rows in data))
             # D's descend loss_d, G's loss_g, no other net moves. Both gradients are taken before
             # either moves (as GANomaly's are), so L_D and L_adv share D(x_hat).
             optimizer.zero_grad()
@@ -319,7 +318,7 @@ def fit(losses, data, rates, *, epochs, epoch_images, batch, seed, report):
             loss_g.backward(inputs=g_weights)
             optimizer.step()
             schedule.step()
-            total = total + torch.stack([loss_d, loss_g]).detach()
+            total += torch.stack([loss_d, loss_g]).detach()
         means = (total / updates).tolist()  # once an epoch: it waits for the device
         if not math.isfinite(sum(means)):
             raise FloatingPointError(f"a loss overflows in epoch {epoch}: lower the learning rates")
@@ -335,13 +334,13 @@ def native_bf16(kind):
 
 
 # ------------------------------------------------------------------------------------------- stages
-def step1_losses(student, kd_weights, x, *of_teacher):
+def step1_losses(kd_weights, student, x, *of_teacher):
     """(for s.d, for s.g) of a student, given images x and what the frozen teacher made of them."""
     out_t, out_s = Generated(*of_teacher), student.g(x, attention=True)
     return distillation_losses(student, out_t, out_s, **kd_weights)
 
 
-def step2_losses(teacher, student, gan_weights, kd_weights, x):
+def step2_losses(gan_weights, kd_weights, student, teacher, x):
     """(for both D's, for both G's): a student as in step 1 and by itself, its teacher by itself."""
     out_t, out_s = teacher.g(x, attention=True), student.g(x, attention=True)
     kd_d, kd_g = distillation_losses(student, out_t, out_s, **kd_weights)
@@ -367,32 +366,29 @@ def train_stages(x, settings=DEFAULTS, report=lambda *progress: None):
         torch.manual_seed(settings.seed)
         return GAN(x.shape[3], x.shape[1], width, settings.z_dim).to(x.device)
 
-    def train(stage, gan, losses, rates, epochs, *given):
-        """fit() of a stage, whose net is gan, on x and what else is given; then, its whitening."""
+    def train(stage, losses, rates, epochs, *given):
+        """fit() of a stage on x and what else is given; then, its net, first in rates, whitened."""
         how = of_settings("epoch_images", "batch", "seed")
         fit(losses, [x, *given], rates, epochs=epochs, report=partial(report, stage), **how)
-        whiten(gan, x)
-        nets[stage] = gan
+        nets[stage], *_ = rates
+        whiten(nets[stage], x)
 
     gan_weights = of_settings("w_adv", "w_con", "w_lat")
     kd_weights = of_settings("kd_inter", "kd_latent", "kd_adv")
+    own_losses = partial(gan_losses, **gan_weights)
     teacher, alone = fresh(settings.teacher_width), fresh(settings.student_width)
-    losses = partial(gan_losses, teacher, **gan_weights)
-    train("teacher", teacher, losses, {teacher: lr_t}, settings.epochs)
-    losses = partial(gan_losses, alone, **gan_weights)
-    train("student_alone", alone, losses, {alone: lr_s}, settings.epochs1 + settings.epochs2)
+    train("teacher", own_losses, {teacher: lr_t}, settings.epochs)
+    train("student_alone", own_losses, {alone: lr_s}, settings.epochs1 + settings.epochs2)
 
     step1 = fresh(settings.student_width)
-    losses = partial(step1_losses, step1, kd_weights)
     with torch.no_grad():  # what a frozen teacher makes of an image never changes: made once
         parts = [teacher.g(part, attention=True) for part in x.split(128)]
-        of_teacher = [torch.cat(field) for field in zip(*parts, strict=True)]
-    train("step1", step1, losses, {step1: lr_s}, settings.epochs1, *of_teacher)
+        of_teacher = map(torch.cat, zip(*parts, strict=True))
+    train("step1", partial(step1_losses, kd_weights), {step1: lr_s}, settings.epochs1, *of_teacher)
 
     moving, step2 = copy.deepcopy((teacher, step1))  # the teacher as it was is kept
-    losses = partial(step2_losses, moving, step2, gan_weights, kd_weights)
     rates = {step2: settings.lr_step2 * lr_s, moving: settings.lr_step2_teacher * lr_t}
-    train("step2", step2, losses, rates, settings.epochs2)
+    train("step2", partial(step2_losses, gan_weights, kd_weights), rates, settings.epochs2)
     return nets
 
 
@@ -409,13 +405,12 @@ def score(gan, x):
 
 
 def whiten(gan, x):
-    """Have a GAN score by the whitened distance sqrt((r - m)' S^-1 (r - m)), m the mean and S the
-    covariance, shrunk (Ledoit and Wolf 2004), of the residuals r of training images x."""
+    """Have a GAN score by the whitened distance sqrt((r - m)' S^-1 (r - m)) = ||(r - m) W||_2, m
+    mean and S the covariance of training images' r, shrunk (Ledoit and Wolf 2004); W W' = S^-1."""
     r = in_parts(gan.residual, x)
     model = covariance.LedoitWolf().fit(r.cpu().double())
-    root = torch.linalg.cholesky(torch.tensor(model.precision_))  # W W' = S^-1
     gan.residual_mean = torch.tensor(model.location_).to(r)
-    gan.residual_whitener = root.to(r).contiguous()
+    gan.residual_whitener = torch.linalg.cholesky(torch.tensor(model.precision_)).to(r).contiguous()
 
 
 def auroc(scores, y):
@@ -432,17 +427,17 @@ import signal
 import statistics
 import sys
 import tempfile
-import time
 import timeit
 import warnings
 from collections import Counter
 from pathlib import Path
+from time import monotonic
 
 import torchvision
 from PIL import Image, ImageOps
 from sklearn import datasets, decomposition, model_selection
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import functional as TF
+from torchvision.transforms.functional import pil_to_tensor, resize
 
 VERSION = 7  # of the method and the files: raised when a change makes earlier results incomparable
 PROGRAM = """
@@ -452,10 +447,10 @@ what a result depends on, with METHOD, default, range
     data             "data"  -      where data sets are or go to; for folder, what has train/, test/
     size                 32  16|32|64|128|256|512   images become size x size
     holdout             0.0  0..1   share of normal training images, the last, held out for p-values
-what it does not depend on
+what it does not depend on (--skip-finished ignores it)
     out              "runs"  -      where each run makes a folder; other settings: another one
-    device               ""  -      such as cpu, cuda:1, mps; a GPU if there is one
-    alpha              0.05  1e-9..1   share of false alarms that a verdict accepts
+    device               ""  -      to train on: cpu, cuda:1, mps, ...; cuda if there is one
+    alpha              0.05  1e-9..1   share of false alarms accepted; not kept for --score
 """
 PER_DATASET = {  # flags put before the user's; student_width: the paper's ratio of FLOPs or more
     "digits": "--normal 8 --epochs 20 --epochs1 40 --epochs2 10 --batch 16 "
@@ -465,7 +460,7 @@ PER_DATASET = {  # flags put before the user's; student_width: the paper's ratio
     "cifar10": "--teacher-width 64 --student-width 8",
     "folder": "--holdout 0.1 --epoch-images 4000 --lr-step2-teacher 0.01",
 }
-Task = namedtuple("Task", "x x_held x_test y_test kinds normal classes")  # by load_task()
+Task = namedtuple("Task", "x x_held x_test y_test kinds normal classes")  # see load_task()
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -481,7 +476,7 @@ def image_files(root, pattern="**"):
                 Image.open(path).close()
                 images.append(path)
     if files > len(images):
-        note(f"{root}: left out {files - len(images)} files that are no images")
+        note(f"{root}: left out {files - len(images)} files, hidden or no images")
     return sorted(images)
 
 
@@ -496,12 +491,12 @@ def read_image(path, size):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     except Exception as error:
         raise OSError(f"{path} cannot be used as an image ({error}): mend or remove it") from error
-    return TF.pil_to_tensor(image.convert("RGB"))
+    return pil_to_tensor(image.convert("RGB"))
 
 
 def load_split(args, split):
     """The split "train" or "test": images x (N, C, size, size), 0 to 255, with C = 3 for CIFAR-10
-    and folders, else 1; the class of each; all classes. Raises OSError for unusable data."""
+    and folders, else 1; the class of each; all classes. No test/: all empty. Raises OSError."""
     if args.dataset == "folder":  # as MVTec AD: train/<class>/* and, if there, test/<class>/*
         files = image_files(args.data, f"{split}/*/**")
         kinds = [file.relative_to(args.data).parts[1] for file in files]
@@ -521,7 +516,7 @@ def load_split(args, split):
             raise OSError(f"no {name} in {args.data} ({error}): {what}") from error
         x, c, classes = data.data, data.targets, data.classes
     x = torch.as_tensor(x)  # (N, h, w), or (N, h, w, 3)
-    x = TF.resize(x.reshape(*x.shape[:3], -1).movedim(3, 1), args.size)
+    x = resize(x.reshape(*x.shape[:3], -1).movedim(3, 1), args.size)
     return x, [classes[k] for k in c], classes
 
 
@@ -532,10 +527,10 @@ def load_task(args):
     x, names, classes = load_split(args, "train")
     x_test, kinds, _ = load_split(args, "test")
     normal = args.normal
-    if normal.isdecimal() and args.dataset != "folder":  # whose names may be numbers
-        normal = dict(enumerate(classes)).get(int(normal), normal)
+    if args.dataset != "folder":  # whose classes may be named by numbers
+        normal = dict(zip("0123456789", classes, strict=False)).get(normal, normal)
     if normal not in classes:
-        found = ", ".join(classes) or "none, without images in train/CLASS/"
+        found = f"{', '.join(classes) or 'none: no images in train/CLASS/'}"
         raise ValueError(f"--normal {normal}: the classes in {args.data} are {found}")
     x = x[[name == normal for name in names]]
     n = int((1 - args.holdout) * len(x))  # the last, not random: neighbours may be alike
@@ -548,15 +543,15 @@ def load_task(args):
 # ------------------------------------------------------------------------------------------- report
 def progress(args):
     """A report for train_stages(): a line an epoch, with the time left of all stages."""
-    took = {"teacher": 1, "student_alone": 0.2, "step1": 0.2, "step2": 1.5}  # an epoch, roughly
-    total = args.epochs + 0.4 * args.epochs1 + 1.7 * args.epochs2
-    done, began = 0, time.monotonic()
+    took = {"teacher": 10, "student_alone": 2, "step1": 2, "step2": 15}  # an epoch, roughly
+    total = 10 * args.epochs + 4 * args.epochs1 + 17 * args.epochs2
+    done, began = 0, monotonic()
 
     def report(stage, epoch, loss_d, loss_g):
         """Print the line of an epoch."""
         nonlocal done
         done += took[stage]
-        left = (time.monotonic() - began) * (total / done - 1)
+        left = (monotonic() - began) * (total / done - 1)
         print(f"{stage} {epoch}: loss_D {loss_d:.3f} loss_G {loss_g:.3f} | {left:.0f} s left")
 
     return report
@@ -583,11 +578,11 @@ def cost(gan, x):
 
 
 def shares_flagged(args, task, student, calibration):
-    """What verdicts on the test images are worth: {class: {alpha: % of its images flagged}}."""
+    """{class: {alpha: % of its test images flagged}} for alphas that the number held out allows."""
+    alphas = [a for a in (0.01, 0.05, 0.1, args.alpha) if a * (1 + len(calibration)) >= 1]
     flagged = {}
-    for kind in sorted({*task.kinds}):
-        x = task.x_test[[name == kind for name in task.kinds]]
-        p, alphas = p_values(score(student, x), calibration), (0.01, 0.05, 0.1, args.alpha)
+    for kind in sorted({*task.kinds}) if alphas else ():
+        p = p_values(score(student, task.x_test[[k == kind for k in task.kinds]]), calibration)
         flagged[kind] = {a: round(100 * statistics.mean((p <= a).tolist()), 1) for a in alphas}
     return flagged
 
@@ -597,8 +592,9 @@ def print_tables(args):
     tables = {}  # {(title, *classes): {seed: {class: {stage: AUROC}}}}
     for file in sorted(Path(args.table).glob("*/result.json")):
         result = json.loads(file.read_text())
-        usable = result["auroc"] and result["version"] == VERSION
-        for key in ("auroc", "auroc_whitened") if usable else ():
+        if not result["auroc"] or result["version"] != VERSION:
+            continue
+        for key in ("auroc", "auroc_whitened"):
             table = tables.setdefault((f"{result['pair']}, {key}", *result["classes"]), {})
             table.setdefault(result["seed"], {})[result["normal"]] = result[key]
     stages = ["teacher", "student_alone", "step1", "step2", "gain"]
@@ -616,7 +612,7 @@ def print_tables(args):
 
 def run(args):
     """Train, evaluate, print, save. Raises as load_task() and train_stages()."""
-    began = time.monotonic()
+    began = monotonic()
     source = Path(args.data).name if args.dataset == "folder" else args.dataset
     folder = Path(args.out, f"{source}-{args.normal}-seed{args.seed}".replace("/", "-"))
     result, file = {"version": VERSION}, folder / "result.json"
@@ -641,25 +637,30 @@ def run(args):
         for values in (plain, whitened):
             values["gain"] = values["step2"] - values["student_alone"]
     calibration = score(student, task.x_held).sort().values
-    enough = args.alpha * (1 + len(calibration)) >= 1  # else no p-value is at most alpha
+    k = int(args.alpha * (1 + len(calibration)) + 1e-9)  # flagged is what is above the k-th highest
     costs_t, costs_s = cost(nets["teacher"], task.x), cost(student, task.x)
     result |= {key: {"teacher": costs_t[key], "student": costs_s[key]} for key in costs_t}
-    result |= {"ratio": costs_t["flops"] / costs_s["flops"], "seconds": time.monotonic() - began}
+    result |= {"ratio": costs_t["flops"] / costs_s["flops"], "seconds": monotonic() - began}
     result |= {"dataset": args.dataset, "normal": task.normal, "seed": args.seed}
     result |= {"auroc": plain, "auroc_whitened": whitened, "images": {"test": len(task.kinds)}}
     result |= {"baselines": {"pca": pca_auroc(task)} if plain else {}, "classes": task.classes}
-    result["flagged"] = shares_flagged(args, task, student, calibration) if enough else {}
+    result["flagged"] = shares_flagged(args, task, student, calibration)
+    result["threshold"] = calibration[-k].item() if k else None
     result["pair"] = f"{source}, {args.teacher_width} : {args.student_width}"
     result["device"] = f"{args.device}, {torch.get_num_threads()} threads, {torch.__version__}"
-    print("\nAUROC in %         plain    whitened")
-    for stage, value in plain.items():
-        print(f"{stage:13}{value:11.2f}{whitened[stage]:12.2f}")
-    print(f"PCA {result['baselines'].get('pca', math.nan):20.2f}")
+    if plain:
+        print("\nAUROC in %         plain    whitened")
+        for stage, value in plain.items():
+            print(f"{stage:13}{value:11.2f}{whitened[stage]:12.2f}")
+        print(f"PCA {result['baselines']['pca']:20.2f}")
+    else:
+        print("\nno AUROC: the test images are all normal, all anomalies, or none")
     print(f"The teacher has {result['ratio']:.0f} times as many FLOPs as the student.")
     for kind, shares in result["flagged"].items():
         print(f"% flagged of {kind}, by alpha: {shares}")
-    if not enough:
-        print("No verdicts: --holdout leaves too few images for --alpha.")
+    print(
+        f"threshold at {args.alpha}: {result['threshold'] or math.nan:.4g} (nan: too few held out)"
+    )
     save(args, task, student.cpu(), calibration, folder, result)
 
 
@@ -682,13 +683,12 @@ def save(args, task, student, calibration, folder, result):
         torch.save(about | {"weights": student.state_dict()}, new / "student.pt")
         batch = {0: torch.export.Dim.AUTO}  # of any size
         net = torch.export.export(student, (task.x[:2].cpu(),), dynamic_shapes=(batch,))
-        extra = {"about.json": json.dumps(about)}  # what a verdict needs
-        torch.export.save(net, new / "student.pt2", extra_files=extra)
+        torch.export.save(net, new / "student.pt2", extra_files={"about.json": json.dumps(about)})
         (new / "result.json").write_text(json.dumps(result, indent=1))
         (folder / "result.json").unlink(missing_ok=True)  # the mark of a whole run: last to come
         for name in ("student.pt", "student.pt2", "result.json"):
             (new / name).replace(folder / name)
-    print(f"now you can: python pkdgan.py --score '{folder}/student.pt' IMAGE_OR_FOLDER")
+    print(f"next: python pkdgan.py --alpha {args.alpha} --score '{folder}/student.pt' IMAGES")
 
 
 def load_gan(path):
@@ -712,14 +712,18 @@ def score_files(args):
     few = args.alpha * (1 + len(calibration)) < 1
     if few:
         note(f"no verdicts: --alpha {args.alpha} needs more than the {len(calibration)} held out")
-    print("path\tscore\tp-value\tverdict")
+    files = []
     for path in args.score[1:]:
-        for file in image_files(path) if os.path.isdir(path) else [path]:
-            x = read_image(file, size)[None] / 127.5 - 1
-            value = score(gan, x if channels == 3 else x.mean(1, keepdim=True))
-            p = p_values(value, calibration).item()
-            verdict = "?" if few else "anomaly" if p <= args.alpha else "-"
-            print(f"{file}\t{value.item():.4g}\t{p:.4g}\t{verdict}")
+        files += image_files(path) if os.path.isdir(path) else [path]
+    if not files:
+        raise OSError("no images to score")
+    print("path\tscore\tp-value\tverdict")
+    for file in files:
+        x = read_image(file, size)[None] / 127.5 - 1
+        value = score(gan, x if channels == 3 else x.mean(1, keepdim=True))
+        p = p_values(value, calibration).item()
+        verdict = "?" if few else "anomaly" if p <= args.alpha else "-"
+        print(f"{file}\t{value.item():.4g}\t{p:.4g}\t{verdict}")
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -754,7 +758,7 @@ def note(message):
 def main(argv):
     """The program. Returns its exit code: None if all went well, 1 failure, 2 usage, 130 Ctrl-C."""
     args = parse(argv)
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # any name; at once
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
     warnings.simplefilter("ignore")  # of libraries
     if "OMP_NUM_THREADS" not in os.environ:  # more are hardly faster, and wait for one another

@@ -202,7 +202,7 @@ def test_training_computes_convolutions_alone_in_bfloat16():
     """And that only where a device has it; losses and scores are float32."""
     net, x, seen = small_gan(), images(2), []
 
-    def losses(x):
+    def losses(net, x):
         seen.extend([net.g.encode(x), net.g(x, attention=True), net.d(x)])
         return pk.gan_losses(net, x, seen[1], **OWN)
 
@@ -294,9 +294,9 @@ def test_a_naive_update_gives_the_same_weights(stage, updates, monkeypatch):
     x, rate_t, rate_s = images(4 * updates), 1e-3 * scale, 2e-3 * scale
     (teacher, student), (t, s) = teacher_and_student(), teacher_and_student()
     rates = {student: rate_s, teacher: rate_t} if stage == "step 2" else {student: rate_s}
-    losses = {"alone": partial(pk.gan_losses, student, **OWN)}
-    losses["step 1"] = partial(pk.step1_losses, student, KD)
-    losses["step 2"] = partial(pk.step2_losses, teacher, student, OWN, KD)
+    losses = {"alone": partial(pk.gan_losses, **OWN)}
+    losses["step 1"] = partial(pk.step1_losses, KD)
+    losses["step 2"] = partial(pk.step2_losses, OWN, KD)
     data = [x, *of_frozen(teacher, x)] if stage == "step 1" else [x]
     fit_gans(losses[stage], data, rates)
     before = weights(t), weights(s)
@@ -316,7 +316,7 @@ def test_an_epoch_is_every_image_once_in_an_order_of_seed_and_epoch():
     def shown(**how):
         found = []  # all images of an otherwise idle fit(), in order
 
-        def losses(part, same):
+        def losses(net, part, same):
             assert torch.equal(part, same)  # rows of whatever data there is stay together
             found.extend(part.tolist())
             return [0 * sum(p.sum() for p in part.parameters()) for part in (net.d, net.g)]
@@ -334,7 +334,7 @@ def test_an_epoch_is_every_image_once_in_an_order_of_seed_and_epoch():
 def test_fit_reports_mean_losses_and_stops_at_an_overflow():
     net, reports, steps = small_gan(1), [], iter([1.0, 3.0, 5.0, math.inf])
 
-    def losses(x):
+    def losses(net, x):
         d, g = (0 * sum(p.sum() for p in part.parameters()) for part in (net.d, net.g))
         value = next(steps)
         return d + value, g + 2 * value
@@ -355,14 +355,15 @@ def stages_by_hand(x, s):
     lr_t = 32 / 4 * s.lr_teacher  # inversely as the width, 4
     teacher, alone, step1 = (small_gan(width, seed=s.seed) for width in (4, 2, 2))
     moving, step2 = small_gan(4), small_gan(2)
-    trained(partial(pk.gan_losses, teacher, **OWN), {teacher: lr_t}, s.epochs)
-    trained(partial(pk.gan_losses, alone, **OWN), {alone: s.lr_student}, s.epochs1 + s.epochs2)
-    losses, given = partial(pk.step1_losses, step1, KD), of_frozen(teacher, x)
-    trained(losses, {step1: s.lr_student}, s.epochs1, *given)
+    own = partial(pk.gan_losses, **OWN)
+    trained(own, {teacher: lr_t}, s.epochs)
+    trained(own, {alone: s.lr_student}, s.epochs1 + s.epochs2)
+    given = of_frozen(teacher, x)
+    trained(partial(pk.step1_losses, KD), {step1: s.lr_student}, s.epochs1, *given)
     moving.load_state_dict(teacher.state_dict())  # copies: step 2 changes no earlier net
     step2.load_state_dict(step1.state_dict())
     rates = {step2: s.lr_step2 * s.lr_student, moving: s.lr_step2_teacher * lr_t}
-    trained(partial(pk.step2_losses, moving, step2, OWN, KD), rates, s.epochs2)
+    trained(partial(pk.step2_losses, OWN, KD), rates, s.epochs2)
     return {"teacher": teacher, "student_alone": alone, "step1": step1, "step2": step2}
 
 
@@ -386,7 +387,7 @@ def test_the_rival_is_a_step_2_of_fresh_nets():
     s = pk.parse([f"--{name.replace('_', '-')}={value}" for name, value in rival.items()])
     x, (teacher, student) = images(12), teacher_and_student()
     rates = {student: s.lr_student, teacher: 8 * s.lr_teacher}
-    fit_gans(partial(pk.step2_losses, teacher, student, OWN, KD), [x], rates, epochs=2)
+    fit_gans(partial(pk.step2_losses, OWN, KD), [x], rates, epochs=2)
     nets = pk.train_stages(x, s)
     assert same(weights(nets["step2"]), weights(whitened(student, x)))
     assert same(weights(nets["teacher"]), weights(whitened(small_gan(4), x)))
@@ -808,10 +809,10 @@ def test_a_run_prints_and_writes_what_it_found(digits_run):
         assert values["gain"] == values["step2"] - values["student_alone"]
     for stage, plain in result["auroc"].items():
         assert [stage, f"{plain:.2f}", f"{result['auroc_whitened'][stage]:.2f}"] in rows
-    assert ["PCA", f"{result['baselines']['pca']:.2f}"] in rows and "No verdicts" not in stdout
+    assert ["PCA", f"{result['baselines']['pca']:.2f}"] in rows and "too few" in lines[-2]
     assert f"has {result['ratio']:.0f} times as many FLOPs" in stdout
     for kind in "0123456789":
-        assert f"% flagged of {kind}, by alpha: {{0.01: 0, 0.05: " in stdout
+        assert f"% flagged of {kind}, by alpha: {{0.05: " in stdout  # .01 is out of reach
     assert [*result["flops"].values()] == [flops(w, 16, 1, pk.DEFAULTS.z_dim) for w in (4, 2)]
     assert result["params"]["student"] < result["params"]["teacher"]
     assert 0 < result["us_256"]["student"] < result["us_1"]["student"]  # per image
@@ -824,7 +825,7 @@ def test_a_run_prints_and_writes_what_it_found(digits_run):
 def test_time_left_is_that_of_all_stages(monkeypatch, capsys):
     """From the first epoch on; a teacher's epoch takes 1, others .2, .2 and 1.5."""
     now = [0.0]
-    monkeypatch.setattr(pk.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pk, "monotonic", lambda: now[0])
     report = pk.progress(SimpleNamespace(epochs=2, epochs1=5, epochs2=2))
     plan = [("teacher", 1)] * 2 + [("student_alone", 0.2)] * 7 + [("step1", 0.2)] * 5
     for stage, seconds in plan + [("step2", 1.5)] * 2:
@@ -850,8 +851,8 @@ def test_good_photographs_alone_make_a_detector(folder_run):
     stdout, result, folder = folder_run
     assert result["auroc"] == result["auroc_whitened"] == result["flagged"] == {}
     assert names_in(folder) == FILES and result["images"] == {"test": 0}
-    assert re.search(r"^PCA +nan$", stdout, re.MULTILINE) and "test: {}" in stdout
-    assert "20 images, 20 held out" in stdout and "No verdicts" not in stdout
+    assert stdout.count("no AUROC: ") == 1 and "test: {}" in stdout and ": nan" not in stdout
+    assert "20 images, 20 held out" in stdout and result["threshold"] > 0
 
 
 def test_a_finished_run_is_not_made_again(digits_run, folder_run, monkeypatch, capsys):
@@ -959,25 +960,34 @@ def test_shares_flagged_by_hand():
     kinds = ["good"] * 4 + ["notch"] * 3 + ["scratch"] * 4
     flagged = flagged_of(scores, kinds, calibration, alpha=0.2)
     assert list(flagged) == ["good", "notch", "scratch"]
-    assert flagged["good"] == {0.01: 0, 0.05: 25, 0.1: 50, 0.2: 50}  # .01 is out of reach
-    assert flagged["notch"] == {0.01: 0, 0.05: 33.3, 0.1: 33.3, 0.2: 66.7}
-    assert flagged["scratch"] == {0.01: 0, 0.05: 50, 0.1: 100, 0.2: 100}
+    assert flagged["good"] == {0.05: 25, 0.1: 50, 0.2: 50}  # .01 is out of reach
+    assert flagged["notch"] == {0.05: 33.3, 0.1: 33.3, 0.2: 66.7}
+    assert flagged["scratch"] == {0.05: 50, 0.1: 100, 0.2: 100}
 
 
 @pytest.mark.parametrize("held, alphas", [(8, []), (9, [0.1]), (99, [0.01, 0.05, 0.1])])
-def test_an_alpha_that_too_few_held_out_allow_flags_nothing(held, alphas):
+def test_shares_flagged_are_of_alphas_that_enough_held_out_allow(held, alphas):
     flagged = flagged_of([0.5, 2.0], ["good", "bad"], torch.zeros(held))
-    assert flagged["bad"] == {alpha: 100 * (alpha in alphas) for alpha in (0.01, 0.05, 0.1)}
+    assert flagged == (
+        {kind: dict.fromkeys(alphas, 100) for kind in ("bad", "good")} if alphas else {}
+    )
 
 
-@pytest.mark.parametrize("alpha, enough", [("0.05", False), ("0.1", True)])
-def test_too_few_held_out_for_alpha_is_said(alpha, enough, tmp_path):
+@pytest.mark.parametrize("alpha, rank", [("0.05", 0), ("0.1", 1), ("0.19", 2)])
+def test_threshold_is_that_of_the_verdicts_or_too_few_are_held_out(alpha, rank, tmp_path):
     """Ten of them: 1 / 11 is the least p-value."""
     flags = ["--normal", "8", "--holdout", "0.086", "--alpha", alpha, "--out", str(tmp_path)]
     idle = ["--epochs", "0", "--epochs1", "0", "--epochs2", "0"]
     stdout, result = run_here(*idle, *flags)
-    assert "10 held out" in stdout and ("No verdicts" not in stdout) == enough
-    assert bool(result["flagged"]) == enough == ("% flagged of 8" in stdout)
+    _, calibration = pk.load_gan(tmp_path / "digits-8-seed0" / "student.pt")
+    threshold = calibration[-rank].item() if rank else None
+    assert result["threshold"] == threshold and len(calibration) == 10
+    shown = f"{threshold:.4g}" if rank else "nan"
+    assert f"threshold at {alpha}: {shown} (nan: too few held out)" in stdout
+    assert (alpha in result["flagged"]["8"]) == bool(rank) and "% flagged of 8" in stdout
+    if rank:
+        around = torch.tensor([threshold, threshold * 1.001])
+        assert (pk.p_values(around, calibration) <= float(alpha)).tolist() == [False, True]
 
 
 def save_student(path, net, calibration):
@@ -1018,6 +1028,7 @@ def test_scores_of_a_folder_and_a_broken_image(digits_run, tmp_path, monkeypatch
     assert exit_code("--score", student, "in", "--alpha", "0.1") == 1  # after what comes before it
     out, err = capsys.readouterr()
     assert scored(out) == lines[:50] and "in/050.png cannot be used" in err.splitlines()[-1]
+    assert exit_code("--score", student) == 1 and "no images" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("n, verdict", [(0, "?"), (18, "?"), (19, "anomaly")])
