@@ -658,9 +658,7 @@ def run(args):
     print(f"The teacher has {result['ratio']:.0f} times as many FLOPs as the student.")
     for kind, shares in result["flagged"].items():
         print(f"% flagged of {kind}, by alpha: {shares}")
-    print(
-        f"threshold at {args.alpha}: {result['threshold'] or math.nan:.4g} (nan: too few held out)"
-    )
+    print(f"threshold at {args.alpha}: {result['threshold'] or math.nan:.4g} (nan: few held out)")
     save(args, task, student.cpu(), calibration, folder, result)
 
 

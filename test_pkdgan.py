@@ -809,7 +809,7 @@ def test_a_run_prints_and_writes_what_it_found(digits_run):
         assert values["gain"] == values["step2"] - values["student_alone"]
     for stage, plain in result["auroc"].items():
         assert [stage, f"{plain:.2f}", f"{result['auroc_whitened'][stage]:.2f}"] in rows
-    assert ["PCA", f"{result['baselines']['pca']:.2f}"] in rows and "too few" in lines[-2]
+    assert ["PCA", f"{result['baselines']['pca']:.2f}"] in rows and "few held out" in lines[-2]
     assert f"has {result['ratio']:.0f} times as many FLOPs" in stdout
     for kind in "0123456789":
         assert f"% flagged of {kind}, by alpha: {{0.05: " in stdout  # .01 is out of reach
@@ -983,7 +983,7 @@ def test_threshold_is_that_of_the_verdicts_or_too_few_are_held_out(alpha, rank, 
     threshold = calibration[-rank].item() if rank else None
     assert result["threshold"] == threshold and len(calibration) == 10
     shown = f"{threshold:.4g}" if rank else "nan"
-    assert f"threshold at {alpha}: {shown} (nan: too few held out)" in stdout
+    assert f"threshold at {alpha}: {shown} (nan: few held out)" in stdout
     assert (alpha in result["flagged"]["8"]) == bool(rank) and "% flagged of 8" in stdout
     if rank:
         around = torch.tensor([threshold, threshold * 1.001])
