@@ -521,9 +521,10 @@ def load_split(args, split):
 
 
 def load_task(args):
-    """x, the normal images of the training split, x_held, the last, held out; x_test, y_test,
-    kinds: the test split, if each is an anomaly, its class; the normal class; all training classes.
-    Images: float32 (N, C, size, size) in [-1, 1]. Raises ValueError, or OSError for bad data."""
+    """A Task: x, normal training images; x_held, the last of them, held out; x_test, y_test, kinds:
+    test images, whether each is an anomaly, its class; normal, the class; classes of training. All
+    images are float32 (N, C, size, size) in [-1, 1]. Raises ValueError for an unknown class or too
+    few images, OSError for unusable data."""
     x, names, classes = load_split(args, "train")
     x_test, kinds, _ = load_split(args, "test")
     normal = args.normal
