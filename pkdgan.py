@@ -21,7 +21,7 @@ and s.g and discriminators t.d and s.d, which tell what is real, named first, fr
     student alone   s.g s.d    x from x_hat_s                L_G                    lr_student
     step 1          s.g s.d    x_hat_t from x_hat_s          L_KD                   lr_student
     step 2          all four   t.d: x from x_hat_t           t.g: L_G               shares of
-                               s.d: both of the above two    s.g: L_KD + L_G        both rates
+                               s.d: as alone and in step 1   s.g: L_KD + L_G        both rates
 
 Each stage has a new Adam, warm-up and cosine. The student alone is the baseline: the same net, from
 the same weights, as many updates as both steps. In step 1 the student is fresh and the teacher
@@ -156,9 +156,9 @@ def attention_maps(hidden):
     return torch.cat(maps, 1) / len(maps) ** 0.5
 
 
-class Generated(namedtuple("Generated", "z x_hat z_hat attention")):
-    """What a generator makes of a batch: z and z_hat (B, z_dim), of norm sqrt(z_dim); x_hat
-    (B, C, size, size) in [-1, 1]; attention, Q of first encoder and decoder, if asked for."""
+# What a generator makes of a batch: z and z_hat (B, z_dim), of norm sqrt(z_dim); x_hat
+# (B, C, size, size) in [-1, 1]; attention, Q of first encoder and decoder, if asked for.
+Generated = namedtuple("Generated", "z x_hat z_hat attention")
 
 
 class Generator(nn.Module):
@@ -447,7 +447,7 @@ what a result depends on, with METHOD, default, range
     data             "data"  -      where data sets are or go to; for folder, what has train/, test/
     size                 32  16|32|64|128|256|512   images become size x size
     holdout             0.0  0..1   share of normal training images, the last, held out for p-values
-what it does not depend on (--skip-finished ignores it)
+what its AUROCs do not depend on (--skip-finished ignores it)
     out              "runs"  -      where each run makes a folder; other settings: another one
     device               ""  -      to train on: cpu, cuda:1, mps, ...; cuda if there is one
     alpha              0.05  1e-9..1   share of false alarms accepted; not kept for --score
@@ -473,7 +473,7 @@ def image_files(root, pattern="**"):
         files += path.is_file()
         if "/@" not in f"/{name}":
             with contextlib.suppress(Exception):  # a folder, or what decoders raise: all sorts
-                Image.open(path).close()
+                Image.open(path)
                 images.append(path)
     if files > len(images):
         note(f"{root}: left out {files - len(images)} files, hidden or no images")
@@ -532,7 +532,7 @@ def load_task(args):
         normal = dict(zip("0123456789", classes, strict=False)).get(normal, normal)
     if normal not in classes:
         found = f"{', '.join(classes) or 'none: no images in train/CLASS/'}"
-        raise ValueError(f"--normal {normal}: the classes in {args.data} are {found}")
+        raise ValueError(f"--normal {normal}: the classes are {found}")
     x = x[[name == normal for name in names]]
     n = int((1 - args.holdout) * len(x))  # the last, not random: neighbours may be alike
     if len(x[:n].unique(dim=0)) < 10:
@@ -612,7 +612,7 @@ def print_tables(args):
 
 
 def run(args):
-    """Train, evaluate, print, save. Raises as load_task() and train_stages()."""
+    """Train, evaluate, print, save. Raises as load_task(), train_stages() and save()."""
     began = monotonic()
     source = Path(args.data).name if args.dataset == "folder" else args.dataset
     folder = Path(args.out, f"{source}-{args.normal}-seed{args.seed}".replace("/", "-"))
@@ -646,7 +646,7 @@ def run(args):
     result |= {"auroc": plain, "auroc_whitened": whitened, "images": {"test": len(task.kinds)}}
     result |= {"baselines": {"pca": pca_auroc(task)} if plain else {}, "classes": task.classes}
     result["flagged"] = shares_flagged(args, task, student, calibration)
-    result["threshold"] = calibration[-k].item() if k else None
+    result |= {"alpha": args.alpha, "threshold": calibration[-k].item() if k else None}
     result["pair"] = f"{source}, {args.teacher_width} : {args.student_width}"
     result["device"] = f"{args.device}, {torch.get_num_threads()} threads, {torch.__version__}"
     if plain:
@@ -728,17 +728,17 @@ def score_files(args):
 # ------------------------------------------------------------------------------------- command line
 def parse(argv):
     """Settings (a namespace) from a command line. Bad usage exits with 2."""
-    parser = argparse.ArgumentParser("pkdgan.py", usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser("pkdgan.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.epilog = f"Other defaults of data sets: {PER_DATASET}"
     parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
     parser.add_argument("--table", help="a folder of runs: print its results as Markdown tables")
     parser.add_argument("--skip-finished", action="store_true", help="make no run a second time")
     rows = rows_of(PROGRAM + METHOD)
     for name, default, span, text in rows:
-        kind, words = type(default), span.split("|")
-        options = {"type": kind, "choices": [*map(kind, words)] if words[1:] else None}
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, default=default, help=f"{text} ({default})", **options)
+        kind, flag = type(default), f"--{name.replace('_', '-')}"
+        words = [*map(kind, span.split("|"))] if "|" in span else None
+        what = f"{text} ({default})"
+        parser.add_argument(flag, type=kind, choices=words, default=default, help=what)
     args = parser.parse_args([*PER_DATASET[parser.parse_args(argv).dataset].split(), *argv])
     for name, _, span, _ in rows:
         low, dots, high = span.partition("..")

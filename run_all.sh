@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every data set, seed and normal class; then the tables of OUT (a Slurm array leaves them out).
+# Each data set, seed and normal class asked for; then the tables of OUT (not by a Slurm array).
 #   bash run_all.sh                          # MNIST, Fashion-MNIST, CIFAR-10, ten classes, seed 0
 #   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs bash run_all.sh [pkdgan.py's flags]
 #   sbatch --array=0-29 run_all.sh           # Slurm: each task of the array does its share
