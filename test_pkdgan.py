@@ -1149,6 +1149,7 @@ def test_table_by_hand(tmp_path, capsys):
     assert exit_code("--table", str(tmp_path)) == 0
     mean = f"| mean | 90.00 | {244 / 3:.2f} | 85.00 | {256 / 3:.2f} | 4.00 | 1 |"
     assert mean in capsys.readouterr().out
+    assert sys.stdout.errors == "backslashreplace" and sys.stdout.line_buffering  # "±"; at once
 
 
 # -------------------------------------------------------------------------------------- run_all.sh
