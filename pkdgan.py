@@ -103,9 +103,7 @@ class Blocks(nn.Sequential):
         for block in self:
             h = block(h)
             hidden.append(h)
-        h = (
-            h.float() if h.dtype == torch.bfloat16 else h
-        )  # a mere float() would tie an export to a device
+        h = h.float() if h.dtype == torch.bfloat16 else h  # float() alone ties exports to a device
         return h, hidden[:-1]
 
 
@@ -210,8 +208,9 @@ class GAN(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- losses
-# E[] is the mean over images and elements: a weight means the same at any size. Distillation's
-# detach what is the teacher's [ours], which could lower them by becoming as poor as the student.
+# E[] is the mean over images and elements: a weight means the same at any size. In distillation,
+# what is the teacher's is detached [ours]: it could lower the losses by getting as poor as the
+# student.
 
 
 def discriminator_loss(logit_real, logit_fake):
@@ -295,8 +294,8 @@ def fit(losses, data, rates, *, epochs, epoch_images, batch, seed, report):
     n, device = len(data[0]), data[0].device
     d_weights = [p for gan in rates for p in gan.d.parameters()]
     g_weights = [p for gan in rates for p in gan.g.parameters()]
-    weights = [{"params": gan.parameters()} for gan in rates]
-    optimizer = torch.optim.Adam(weights, betas=(0.5, 0.999), fused=True)  # betas: DCGAN's
+    groups = [{"params": gan.parameters()} for gan in rates]
+    optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)  # betas: DCGAN's
     shown = n * max(1, epoch_images // n)
     updates = math.ceil(shown / batch)  # of an epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -680,6 +679,7 @@ def save(args, task, student, calibration, folder, result):
         about = {"version": VERSION, "form": student.form, "alpha": args.alpha}
         about["calibration"] = calibration.tolist()
         torch.save(about | {"weights": student.state_dict()}, new / "student.pt")
+        del student.d  # scoring takes the generator alone
         batch = {0: torch.export.Dim.AUTO}  # of any size
         net = torch.export.export(student, (task.x[:2].cpu(),), dynamic_shapes=(batch,))
         torch.export.save(net, new / "student.pt2", extra_files={"about.json": json.dumps(about)})

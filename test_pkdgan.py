@@ -1101,7 +1101,7 @@ def test_on_a_device_torch_and_pillow_give_the_programs_verdicts(folder_run, mon
 
 
 def test_exported_student_is_whole_and_names_no_device(digits_run):
-    """So that it can be moved; and it has no images."""
+    """So that it can be moved; and it has neither discriminator nor images."""
     files, folder, x = {"about.json": ""}, digits_run[2], digits_run[3].x_test[:300]
     exported = torch.export.load(folder / "student.pt2", extra_files=files)
     for node in exported.graph.nodes:
@@ -1109,6 +1109,7 @@ def test_exported_student_is_whole_and_names_no_device(digits_run):
     detector, (net, held) = exported.module(), pk.load_gan(folder / "student.pt")
     about = {"version": pk.VERSION, "form": [16, 1, 2, 256], "alpha": 0.05}
     assert json.loads(files["about.json"]) == about | {"calibration": held.tolist()}
+    assert not [name for name in detector.state_dict() if name.startswith("d.")]
     sizes = [(folder / name).stat().st_size for name in ("student.pt", "student.pt2")]
     assert sizes[1] < sizes[0] + 250_000
     for n in (300, 1, 7):
