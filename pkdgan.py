@@ -616,7 +616,7 @@ def run(args):
     source = Path(args.data).name if args.dataset == "folder" else args.dataset
     folder = Path(args.out, f"{source}-{args.normal}-seed{args.seed}".replace("/", "-"))
     result, file = {"version": VERSION}, folder / "result.json"
-    depends_on = rows_of(PROGRAM.split("not depend")[0] + METHOD)
+    depends_on = rows_of(PROGRAM.split("not depend")[0] + METHOD)  # the rows above that heading
     result["settings"] = {name: getattr(args, name) for name, *_ in depends_on}
     result["bf16"] = native_bf16(torch.device(args.device).type)
     before = json.loads(file.read_text()) if args.skip_finished and file.exists() else {}
