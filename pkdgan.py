@@ -12,9 +12,9 @@ one normal class only and learn to reconstruct these and their codes:
 
     x --encoder--> z --decoder--> x_hat --second encoder--> z_hat      and a discriminator D
 
-An anomaly's two codes disagree: ||z - z_hat||_2 is the anomaly score [paper], here whitened by mean
-and covariance of normal images' [ours]. train_stages() trains both, t and s, with generators t.g
-and s.g and discriminators t.d and s.d, which tell what is real, named first, from what is not:
+An anomaly's two codes disagree: ||z - z_hat||_2 is the anomaly score [paper], here whitened by the
+mean and covariance of z - z_hat on normal images [ours]. train_stages() trains both, t and s, with
+generators t.g, s.g and discriminators t.d, s.d, which tell what is real, named first, from fakes:
 
     stage           moves      discriminator tells           generator learns by    peak rate
     teacher         t.g t.d    x from x_hat_t                L_G                    lr_teacher
@@ -290,7 +290,7 @@ def fit(losses, data, rates, *, epochs, epoch_images, batch, seed, report):
     """Train GANs. rates: {GAN: its peak learning rate}, which rise, then fall as a cosine to zero
     (Smith and Topin 2018) [ours]. data: tensors (N, ...), images first. losses(*GANs, *a batch's
     rows of data) -> (loss for D's, loss for G's). The images' order: by torch's generator, seeded
-    anew each epoch; after it, report(epoch, *mean losses). Raises FloatingPointError."""
+    anew each epoch; after it, report(epoch, *mean losses). An overflow is a FloatingPointError."""
     n, device = len(data[0]), data[0].device
     d_weights = [p for gan in rates for p in gan.d.parameters()]
     g_weights = [p for gan in rates for p in gan.g.parameters()]
@@ -399,7 +399,7 @@ def in_parts(f, x):
 
 
 def score(gan, x):
-    """Anomaly scores (N,), on the CPU, of images x (N, C, size, size) in [-1, 1], one by one."""
+    """Anomaly scores (N,) on the CPU of images x (N, C, size, size) in [-1, 1], each by itself."""
     return in_parts(gan, x).cpu()
 
 

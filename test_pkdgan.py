@@ -212,6 +212,23 @@ def test_training_computes_convolutions_alone_in_bfloat16():
     assert hidden[0].dtype == (torch.bfloat16 if pk.native_bf16("cpu") else torch.float32)
 
 
+def test_gradients_of_a_weights_uses_are_summed_in_float32(monkeypatch):
+    """Also where both are computed in bfloat16: D sees real and fake images."""
+    monkeypatch.setattr(pk, "native_bf16", lambda kind: True)
+
+    def gradients(*parts):
+        def losses(net, x):
+            g = 0 * sum(p.sum() for p in net.g.parameters())
+            return sum(net.d(x[part])[0].square().mean() for part in parts), g
+
+        net = small_gan()
+        fit_gans(losses, [images(8)], {net: 0.0}, batch=8)
+        return [p.grad for p in net.d.parameters()]
+
+    real, fake, both = gradients([0, 1, 2]), gradients([3, 4]), gradients([0, 1, 2], [3, 4])
+    assert all(torch.equal(a + b, c) for a, b, c in zip(real, fake, both, strict=True))
+
+
 # -------------------------------------------------------------------------------------- one update
 
 
@@ -378,6 +395,22 @@ def test_stages_are_those_of_the_table(seed):
         assert same(weights(nets[stage]), weights(whitened(expected[stage], x))), stage
     epochs = {"teacher": 2, "student_alone": 3, "step1": 2, "step2": 1}
     assert reports == [(stage, k) for stage, n in epochs.items() for k in range(1, n + 1)]
+
+
+def test_what_the_frozen_teacher_makes_is_made_once_and_keeps_no_graph(monkeypatch):
+    seen, step1_losses = [], pk.step1_losses
+
+    def spy(kd_weights, student, x, *of_teacher):
+        seen.append(of_teacher)
+        return step1_losses(kd_weights, student, x, *of_teacher)
+
+    monkeypatch.setattr(pk, "step1_losses", spy)
+    nets = pk.train_stages(x := images(12), tiny_settings(batch=12))
+    assert len(seen) == 2 and not any(field.requires_grad for made in seen for field in made)
+    torch.manual_seed(1)  # seed 0, epoch 1
+    expected = of_frozen(nets["teacher"], x[torch.randperm(12)])
+    for field, by_hand in zip(seen[0], expected, strict=True):
+        assert torch.allclose(field, by_hand, atol=1e-5)
 
 
 def test_the_rival_is_a_step_2_of_fresh_nets():
