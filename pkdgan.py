@@ -1,216 +1,216 @@
 """P-KDGAN: one-class novelty detection by a tiny GAN that learned from a wide one.
 
-    python pkdgan.py                                 # scikit-learn's digits, half a minute
-    python pkdgan.py --dataset cifar10 --normal 3    # the paper's experiment; --help has the rest
+    python pkdgan.py                                 # scikit-learn's digits, no download: @DIGITS@
+    python pkdgan.py --dataset mnist --normal 3      # @MNIST@
+    python pkdgan.py --dataset cifar10 --normal 3    # one of the paper's runs; --help has the flags
 
-Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for One-class Novelty
-Detection", IJCAI 2020 (arXiv 2007.06963). We had no full text: [paper] marks what its abstract, its
-follow-up's (arXiv 2109.07295) and public listings say, [ours] what we decided; the rest is cited.
+The method is that of Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for
+One-class Novelty Detection", IJCAI 2020 (arXiv 2007.06963). We did not have its full text. [paper]
+marks what its abstract, its follow-up's abstract (arXiv 2109.07295) and public listings say, [ours]
+what we decided; what comes from elsewhere is cited.
 
-A wide teacher (suffix _t) and a narrow student (_s), two GANs of one architecture, see images of
-one normal class only and learn to reconstruct these and their codes:
+A GAN has a generator G and a discriminator D. It sees images x of one normal class only, and G
+learns to reconstruct first the image and then the image's code:
 
-    x --encoder--> z --decoder--> x_hat --second encoder--> z_hat      and a discriminator D
+    x --encode--> z --decode--> x_hat --encode_again--> z_hat
 
-An anomaly's two codes disagree: ||z - z_hat||_2 is the anomaly score [paper], here whitened by the
-mean and covariance of z - z_hat on normal images [ours]. train_stages() trains both, t and s, with
-generators t.g, s.g and discriminators t.d, s.d, which tell what is real, named first, from fakes:
+On an anomaly the two codes disagree: the anomaly score is ||z - z_hat||_2 [paper]. A wide teacher
+(suffix _t) learns this by itself. A narrow student (suffix _s) learns it from the teacher, at first
+from the frozen teacher alone, then together with it [paper]. train_stages() runs all stages:
 
-    stage           moves      discriminator tells           generator learns by    peak rate
-    teacher         t.g t.d    x from x_hat_t                L_G                    lr_teacher
-    student alone   s.g s.d    x from x_hat_s                L_G                    lr_student
-    step 1          s.g s.d    x_hat_t from x_hat_s          L_KD                   lr_student
-    step 2          all four   t.d: x from x_hat_t           t.g: L_G               shares of
-                               s.d: as alone and in step 1   s.g: L_KD + L_G        both rates
+    stage            trains     its D tells                its G minimises
+    teacher          teacher    x from x_hat_t             L_G
+    student_alone    student    x from x_hat_s             L_G                  (the baseline)
+    step1            student    x_hat_t from x_hat_s       L_KD                 (a frozen teacher)
+    step2            student    x_hat_t from x_hat_s,      L_KD + w_own L_G
+                                and x from x_hat_s
+                     teacher    x from x_hat_t             L_G
 
-Each stage has a new Adam, warm-up and cosine. The student alone is the baseline: the same net, from
-the same weights, as many updates as both steps. In step 1 the student is fresh and the teacher
-frozen [paper]; step 2 goes on with step 1's nets, s.d included. A single joint step, the rival, is
-a step 2 of fresh nets: epochs = epochs1 = 0, lr_step2 = lr_step2_teacher = 1.
+    L_G  = w_adv L_adv + w_con L_con + w_lat L_lat                    a GAN's own losses
+    L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd    the distillation losses
 
-The first half of this file, down to "# ====", is the method; pasted alone, it trains:
+The method ends at the line "# ====". Pasted alone, it trains:
 
-    nets = train_stages(x)  # normal images (N, C, 32, 32) in [-1, 1]; then score(nets["step2"], x)
+    nets = train_stages(x, Settings())    # x: normal images (N, C, 32, 32) in [-1, 1]
+    scores = score(nets["step2"], x)      # (N,), high is anomalous
+
+Not handled: images that are not square, mixed precision, several GPUs, pretrained features.
 """
 
 import copy
-import json
 import math
-import re
-from collections import namedtuple
-from functools import partial
-from types import SimpleNamespace
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn import covariance, metrics
+from sklearn import metrics
 from torch import nn
 
-torch.backends.cudnn.allow_tf32 = False  # scores on CUDA are true float32, as on a CPU
 
 # ----------------------------------------------------------------------------------------- settings
-METHOD = """
-networks            default  range
-    teacher_width        32  1..inf channels of the teacher's first block
-    student_width         2  1..inf channels of the student's first block
-    z_dim               256  2..inf numbers in a code z or z_hat, teacher and student alike
-epochs
-    epochs                8  0..inf epochs of the teacher
-    epochs1              20  0..inf epochs of step 1
-    epochs2               4  0..inf epochs of step 2; the student alone gets epochs1 + epochs2
-    epoch_images          1  1..inf small sets are shown several times an epoch, up to this number
-    batch                64  1..inf images in an update
-    seed                  0  0..1e12 random seed of weights and batch order
-rates
-    lr_teacher         1e-3  0..inf learning rate of the teacher, times 32 / teacher_width
-    lr_student         2e-3  0..inf learning rate of the student
-    lr_step2            0.2  0..inf share of the student's rate in step 2
-    lr_step2_teacher    0.1  0..inf share of the teacher's rate in step 2; at more, its AUROC falls
-weights
-    w_adv               1.0  0..inf of a GAN's adversarial loss
-    w_con               1.0  0..inf of a GAN's contextual loss
-    w_lat               1.0  0..inf of a GAN's latent loss
-    kd_inter          100.0  0..inf of the intermediate distillation loss
-    kd_latent         100.0  0..inf of the latent distillation loss
-    kd_adv             10.0  0..inf of the adversarial distillation loss, and of its D's loss
-"""
+def setting(default, text, low=0, high=math.inf, choices=None):
+    """A dataclass field with a default, the text of its flag and its range: low <= value < high."""
+    metadata = {"text": text, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
-def rows_of(table):
-    """The settings in a table such as METHOD: [name, default, range, what it is] of each."""
-    rows = re.findall(r"^ +(\S+) +(\S+) +(\S+) +(.+)", table, re.MULTILINE)
-    return [(name, json.loads(default), *rest) for name, default, *rest in rows]
+@dataclass
+class Settings:
+    """Everything that the training depends on, beside the images."""
+
+    # the networks
+    teacher_width: int = setting(32, "channels of the teacher's first block", low=1)
+    student_width: int = setting(2, "channels of the student's first block", low=1)
+    z_dim: int = setting(256, "numbers in a code z or z_hat, teacher and student alike", low=2)
+    # the length of each stage, in updates; the student alone gets as many as both steps together
+    teacher_updates: int = setting(700, "updates of the teacher")
+    alone_updates: int = setting(2160, "updates of the student alone")
+    step1_updates: int = setting(1800, "updates of step 1")
+    step2_updates: int = setting(360, "updates of step 2")
+    batch: int = setting(64, "images in an update", low=1)
+    # the peak learning rates; a wider net needs a lower one
+    lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
+    lr_student: float = setting(2e-3, "learning rate of the student, alone and in step 1")
+    lr_step2_student: float = setting(4e-4, "learning rate of the student in step 2")
+    lr_step2_teacher: float = setting(5e-5, "learning rate of the teacher in step 2")
+    # the weights of the losses
+    w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
+    w_con: float = setting(1.0, "weight of a GAN's contextual loss")
+    w_lat: float = setting(1.0, "weight of a GAN's latent loss")
+    w_own: float = setting(1.0, "weight of the student's own losses in step 2")
+    kd_inter: float = setting(100.0, "weight of the intermediate distillation loss")
+    kd_latent: float = setting(100.0, "weight of the latent distillation loss")
+    kd_adv: float = setting(10.0, "weight of the adversarial distillation loss, and of D's in it")
+    # chance
+    seed: int = setting(0, "random seed of initial weights and of the images' order", high=2**32)
 
 
-DEFAULTS = SimpleNamespace(**{name: default for name, default, *_ in rows_of(METHOD)})
+# What the run of each data set uses; its widths reach the paper's ratio of computation.
+EXPERIMENTS = {
+    "digits": Settings(
+        student_width=1,
+        teacher_updates=160,
+        alone_updates=400,
+        step1_updates=320,
+        step2_updates=80,
+        batch=16,
+        lr_student=0.02,
+        lr_step2_student=0.004,
+        w_con=10.0,
+    ),
+    "mnist": Settings(
+        teacher_width=40,
+        student_width=1,
+        lr_teacher=8e-4,
+        lr_student=0.02,
+        lr_step2_student=0.004,
+        w_con=10.0,
+    ),
+    "fmnist": Settings(teacher_width=58, student_width=1, lr_teacher=6e-4),
+    "cifar10": Settings(teacher_width=64, student_width=8, lr_teacher=5e-4),
+    "folder": Settings(lr_step2_teacher=1e-5),
+}
 
 # ----------------------------------------------------------------------------------------- networks
-# Shapes at size 32 and width w; C is 1 or 3 channels. Other sizes have more or fewer blocks.
-#     encoder, D    x (C, 32, 32) -> (w, 16, 16) -> (2w, 8, 8) -> (4w, 4, 4) -> z (z_dim), logit (1)
-#     decoder       z (z_dim, 1, 1) -> (4w, 4, 4) -> (2w, 8, 8) -> (w, 16, 16) -> x_hat (C, 32, 32)
-# nn.GroupNorm(c, c) normalises each channel of each image by itself: instance normalisation
-# (Ulyanov et al. 2016) [ours]; batch normalisation in training computes just this at batch size 1,
-# where the authors had their best results (arXiv 2109.07295). There are no running statistics:
-# training mode is evaluation mode, and no score depends on a batch.
-
-
-class Blocks(nn.Sequential):
-    """A chain of blocks, the last of them its head."""
-
-    def forward(self, h):
-        """-> the head's output, float32, [the output of each block before it]."""
-        hidden = []
-        for block in self:
-            h = block(h)
-            hidden.append(h)
-        h = h.float() if h.dtype == torch.bfloat16 else h  # float() alone ties exports to a device
-        return h, hidden[:-1]
+# Comments give the shapes for images of 32 x 32 and a width of w; C is 1 or 3 channels.
+#
+# nn.InstanceNorm2d normalises each channel of each image by itself (Ulyanov et al. 2016) [ours].
+# Batch normalisation does the same at a batch size of 1, where the authors had their best results
+# (arXiv 2109.07295). There are no running statistics: training and evaluation mode are the same,
+# and no score depends on the batch that an image came in.
 
 
 def block_widths(size, width):
-    """Channels of the blocks down to 4 x 4: doubling, at most 8 * width (Radford et al. 2016).
-    By hand: block_widths(32, 128) = [128, 256, 512]"""
-    return [width * 2 ** min(i, 3) for i in range(size.bit_length() - 3)]
+    """The channels of each block between an image of size x size and 4 x 4: they double, up to 8 *
+    width, as in DCGAN (Radford et al. 2016). By hand: block_widths(32, 64) = [64, 128, 256]"""
+    blocks = int(math.log2(size)) - 2
+    return [width * min(2**block, 8) for block in range(blocks)]
 
 
-def encoder(size, channels, width, n_out):
-    """DCGAN's: convolutions of stride 2 down to 4 x 4, and a linear head.
-    x (B, C, size, size) -> (B, n_out), [(B, width, size/2, size/2), ... (B, c, 4, 4)]"""
-    blocks = []
-    for c_out in block_widths(size, width):
-        first = not blocks  # no norm next to the image (DCGAN); elsewhere, a norm cancels a bias
-        conv = nn.Conv2d(channels, c_out, 4, 2, 1, bias=first)
-        norm = nn.Identity() if first else nn.GroupNorm(c_out, c_out)
-        blocks.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
-        channels = c_out
-    return Blocks(*blocks, nn.Sequential(nn.Flatten(), nn.Linear(channels * 4 * 4, n_out)))
+class Encoder(nn.Module):
+    """DCGAN's encoder: convolutions that halve the image down to 4 x 4, then a linear layer. It is
+    both encoders of a generator (n_out is z_dim) and the discriminator (n_out is 1)."""
+
+    def __init__(self, size, channels, width, n_out):
+        super().__init__()
+        widths = block_widths(size, width)
+        layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]  # x -> (w, 16, 16)
+        for c_in, c_out in pairwise(widths):  # -> (2w, 8, 8) -> (4w, 4, 4)
+            layers += [nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False)]
+            layers += [nn.InstanceNorm2d(c_out, affine=True), nn.LeakyReLU(0.2)]
+        self.blocks = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-1] * 4 * 4, n_out)
+
+    def forward(self, x):
+        """x (B, C, size, size) -> the output (B, n_out), the last block's features (B, c, 4, 4)."""
+        features = self.blocks(x)
+        return self.head(features.flatten(1)), features
 
 
-def upsample(c_in, c_out, bias=False):
-    """(B, c_in, h, h) -> (B, c_out, 2h, 2h): DCGAN's transposed 4x4 convolution of stride 2, as a
-    2x2 one to four sub-pixels (Shi et al. 2016): faster, and wide nets do not start saturated."""
-    conv = nn.Conv2d(c_in, 4 * c_out, 2, padding=1, bias=bias)
-    return nn.Sequential(conv, nn.PixelShuffle(2), nn.ZeroPad2d(-1))
+class Decoder(nn.Module):
+    """DCGAN's decoder: transposed convolutions from a code up to an image."""
+
+    def __init__(self, size, channels, width, z_dim):
+        super().__init__()
+        widths = block_widths(size, width)[::-1]
+        layers = [nn.ConvTranspose2d(z_dim, widths[0], 4, bias=False)]  # z -> (4w, 4, 4)
+        layers += [nn.InstanceNorm2d(widths[0], affine=True), nn.ReLU()]
+        for c_in, c_out in pairwise(widths):  # -> (2w, 8, 8) -> (w, 16, 16)
+            layers += [nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False)]
+            layers += [nn.InstanceNorm2d(c_out, affine=True), nn.ReLU()]
+        layers += [nn.ConvTranspose2d(width, channels, 4, 2, 1), nn.Tanh()]  # -> (C, 32, 32)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z):
+        """Codes z (B, z_dim) -> images (B, C, size, size) in [-1, 1]."""
+        return self.layers(z[:, :, None, None])
 
 
-def decoder(size, channels, width, z_dim):
-    """DCGAN's: transposed convolutions up to the image, before its tanh.
-    z (B, z_dim, 1, 1) -> (B, C, size, size), [(B, c, 4, 4), ... (B, width, size/2, size/2)]"""
-    blocks = []
-    c_in = z_dim
-    for c_out in reversed(block_widths(size, width)):
-        up = upsample(c_in, c_out) if blocks else nn.ConvTranspose2d(c_in, c_out, 4, bias=False)
-        blocks.append(nn.Sequential(up, nn.GroupNorm(c_out, c_out), nn.ReLU()))
-        c_in = c_out
-    return Blocks(*blocks, upsample(c_in, channels, bias=True))
+class Generated(NamedTuple):
+    """What a generator makes of a batch of images."""
 
-
-def attention_maps(hidden):
-    """Q (B, all blocks' height * width) = A / ||A||_2 of each block, side by side and divided by
-    sqrt(blocks), A = mean over channels of h^2 (Zagoruyko and Komodakis 2017): where a block's
-    output h (B, channels, height, width) responds, whatever its number of channels.
-    By hand, one block of two 1 x 2 channels [1, 2] and [1, 0]: A = [1, 2], Q = [1, 2] / sqrt(5)"""
-    maps = [F.normalize(h.float().square().mean(1).flatten(1)) for h in hidden]
-    return torch.cat(maps, 1) / len(maps) ** 0.5
-
-
-# What a generator makes of a batch: z and z_hat (B, z_dim), of norm sqrt(z_dim); x_hat
-# (B, C, size, size) in [-1, 1]; attention, Q of first encoder and decoder, if asked for.
-Generated = namedtuple("Generated", "z x_hat z_hat attention")
+    z: torch.Tensor  # (B, z_dim), the codes of the images, of length sqrt(z_dim)
+    x_hat: torch.Tensor  # (B, C, size, size) in [-1, 1], the reconstructed images
+    z_hat: torch.Tensor  # (B, z_dim), the codes of the reconstructed images, of length sqrt(z_dim)
 
 
 class Generator(nn.Module):
     """Encoder-decoder-encoder x -> z -> x_hat -> z_hat [paper], as in GANomaly (Akcay et al. 2018).
-    Codes lie on a sphere [ours]: else the latent loss falls when both codes merely shrink."""
+    Codes are scaled to one length [ours]: else the latent loss falls when both codes shrink."""
 
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
-        self.radius = z_dim**0.5
-        self.encode = encoder(size, channels, width, z_dim)
-        self.decode = decoder(size, channels, width, z_dim)
-        self.encode_again = encoder(size, channels, width, z_dim)
+        self.encode = Encoder(size, channels, width, z_dim)
+        self.decode = Decoder(size, channels, width, z_dim)
+        self.encode_again = Encoder(size, channels, width, z_dim)
+        self.code_length = math.sqrt(z_dim)
 
-    def forward(self, x, attention=False):
-        """(B, C, size, size) -> Generated, with attention_maps() if asked for."""
-        z, hidden_encoder = self.encode(x)
-        z = self.radius * F.normalize(z)
-        x_hat, hidden_decoder = self.decode(z[..., None, None])
-        x_hat = x_hat.tanh()
-        z_hat = self.radius * F.normalize(self.encode_again(x_hat)[0])
-        maps = attention_maps(hidden_encoder + hidden_decoder) if attention else None
-        return Generated(z, x_hat, z_hat, maps)
+    def forward(self, x):
+        """Images x (B, C, size, size) in [-1, 1] -> Generated."""
+        code, _ = self.encode(x)
+        z = self.code_length * F.normalize(code)
+        x_hat = self.decode(z)
+        code_hat, _ = self.encode_again(x_hat)
+        z_hat = self.code_length * F.normalize(code_hat)
+        return Generated(z, x_hat, z_hat)
 
 
 class GAN(nn.Module):
-    """A generator g, a discriminator d and the score. Only widths tell teacher from student."""
+    """A generator g and a discriminator d, whose output is a logit, high for what is real. Teacher
+    and student differ in width alone. size is a power of two, 16 or more."""
 
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
-        self.form = size, channels, width, z_dim  # GAN(*gan.form) is another one like gan
-        self.g = Generator(*self.form)
-        self.d = encoder(size, channels, width, 1)  # to the logit, high for real
-        self.register_buffer("residual_mean", torch.zeros(z_dim))  # m and W of distance(): plain
-        self.register_buffer("residual_whitener", torch.eye(z_dim))  # until whiten() sets them
-
-    def residual(self, x):
-        """r = z - z_hat (B, z_dim) of images x (B, C, size, size) in [-1, 1]."""
-        out = self.g(x)
-        return out.z - out.z_hat
-
-    def distance(self, r):
-        """||(r - m) W||_2 (B,) of residuals r (B, z_dim): with m = 0 and W = I, as in a new GAN,
-        ||z - z_hat||_2 [paper]; with those of whiten(), a Mahalanobis distance [ours]."""
-        return ((r - self.residual_mean) @ self.residual_whitener).norm(dim=1)
-
-    def forward(self, x):
-        """Anomaly scores (B,), high is anomalous, of images x (B, C, size, size) in [-1, 1]."""
-        return self.distance(self.residual(x))
+        self.g = Generator(size, channels, width, z_dim)
+        self.d = Encoder(size, channels, width, n_out=1)
 
 
 # ------------------------------------------------------------------------------------------- losses
-# E[] is the mean over images and elements: a weight means the same at any size. In distillation,
-# what is the teacher's is detached [ours]: it could lower the losses by getting as poor as the
-# student.
+# E[] is the mean over images and elements, so that a weight means the same at any size. In the
+# distillation losses, whatever comes from the teacher is detached [ours]: else the teacher could
+# lower them by becoming as poor as the student.
 
 
 def discriminator_loss(logit_real, logit_fake):
@@ -220,561 +220,1021 @@ def discriminator_loss(logit_real, logit_fake):
 
 
 def adversarial_loss(f_x, f_x_hat):
-    """L_adv = E[(f(x) - f(x_hat))^2], f is D's last block: feature matching (Salimans et al. 2016),
-    image by image, as in GANomaly. By hand: adversarial_loss([1., 2.], [1., 0.]) = 4 / 2 = 2"""
+    """L_adv = E[(f(x) - f(x_hat))^2], where f is the last block of D: feature matching (Salimans et
+    al. 2016), image by image, as in GANomaly. By hand: adversarial_loss([1., 2.], [1., 0.]) = 2"""
     return F.mse_loss(f_x_hat, f_x.detach())
 
 
 def contextual_loss(x, x_hat):
-    """L_con = E[|x - x_hat|]: the reconstruction is the image.
-    By hand: contextual_loss([1., -1.], [0., 1.]) = (1 + 2) / 2 = 1.5"""
+    """L_con = E[|x - x_hat|]. By hand: contextual_loss([1., -1.], [0., 1.]) = (1 + 2) / 2 = 1.5"""
     return F.l1_loss(x_hat, x)
 
 
 def latent_loss(z, z_hat):
-    """L_lat = E[(z - z_hat)^2]: the two codes of a normal image agree.
-    By hand: latent_loss([1., 1.], [0., -1.]) = (1 + 4) / 2 = 2.5"""
+    """L_lat = E[(z - z_hat)^2]. By hand: latent_loss([1., 1.], [0., -1.]) = (1 + 4) / 2 = 2.5"""
     return F.mse_loss(z_hat, z)
 
 
-def intermediate_distillation_loss(attention_t, attention_s, x_hat_t, x_hat_s):
-    """L_inter = E over images ||Q_t - Q_s||_2^2 [ours] + E[|x_hat_t - x_hat_s|] [paper]. By hand,
-    one block, Q_t = [1, 0], Q_s = [0, 1], x_hat_t = [1.], x_hat_s = [0.5]: 2 + 0.5 = 2.5"""
-    apart = (attention_s - attention_t.detach()).square().sum(1).mean()
-    return apart + F.l1_loss(x_hat_s, x_hat_t.detach())
+def intermediate_distillation_loss(x_hat_t, x_hat_s):
+    """L_inter = E[|x_hat_t - x_hat_s|], of what stands between the two encoders [paper].
+    By hand: intermediate_distillation_loss([1.], [0.5]) = 0.5"""
+    return F.l1_loss(x_hat_s, x_hat_t.detach())
 
 
 def latent_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
-    """L_latent = E[(z_t - z_s)^2] + E[(z_hat_t - z_hat_s)^2]: the student's codes are the
-    teacher's [paper]. By hand: latent_distillation_loss([1.], [0.], [1.], [3.]) = 1 + 4 = 5"""
+    """L_latent = E[(z_t - z_s)^2] + E[(z_hat_t - z_hat_s)^2] [paper].
+    By hand: latent_distillation_loss([1.], [0.], [1.], [3.]) = 1 + 4 = 5"""
     return F.mse_loss(z_s, z_t.detach()) + F.mse_loss(z_hat_s, z_hat_t.detach())
 
 
 def adversarial_distillation_loss(f_t, f_s):
-    """L_adv_kd = E[(f(x_hat_t) - f(x_hat_s))^2], f of the student's D, which tells x_hat_t from
-    x_hat_s [ours]. By hand: adversarial_distillation_loss([1., 2.], [0., 2.]) = 0.5"""
+    """L_adv_kd = E[(f(x_hat_t) - f(x_hat_s))^2], f is the last block of the student's D [ours].
+    By hand: adversarial_distillation_loss([1., 2.], [0., 2.]) = 0.5"""
     return F.mse_loss(f_s, f_t.detach())
 
 
-def gan_losses(gan, x, out=None, *, w_adv, w_con, w_lat):
-    """The losses (for D, for G) of a GAN by itself on images x (B, C, size, size): GANomaly's, our
-    weights [ours]. out: what gan.g makes of x, if that is known."""
-    out = out or gan.g(x)
-    logit_real, hidden_x = gan.d(x)
-    logit_fake, hidden_x_hat = gan.d(out.x_hat)
+def gan_losses(gan, x, out, settings):
+    """A GAN's own losses (for its D, for its G) on images x, given out = gan.g(x). They are
+    GANomaly's, with our weights [ours]."""
+    logit_real, features_x = gan.d(x)
+    logit_fake, features_x_hat = gan.d(out.x_hat)
     # ---- D: minimise L_D; x is real, x_hat is fake
     loss_d = discriminator_loss(logit_real, logit_fake)
     # ---- G: minimise L_G = w_adv L_adv + w_con L_con + w_lat L_lat
-    adv = adversarial_loss(hidden_x[-1], hidden_x_hat[-1])
+    adv = adversarial_loss(features_x, features_x_hat)
     con = contextual_loss(x, out.x_hat)
     lat = latent_loss(out.z, out.z_hat)
-    return loss_d, w_adv * adv + w_con * con + w_lat * lat
+    loss_g = settings.w_adv * adv + settings.w_con * con + settings.w_lat * lat
+    return loss_d, loss_g
 
 
-def distillation_losses(student, out_t, out_s, *, kd_inter, kd_latent, kd_adv):
-    """The losses (for D, for G) of a student, given what both generators made of images."""
-    logit_t, hidden_t = student.d(out_t.x_hat.detach())
-    logit_s, hidden_s = student.d(out_s.x_hat)
+def distillation_losses(student, out_t, out_s, settings):
+    """The distillation losses (for the student's D, for its G), given what the generators of
+    teacher and student made of the same images."""
+    logit_t, features_t = student.d(out_t.x_hat.detach())
+    logit_s, features_s = student.d(out_s.x_hat)
     # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake
-    loss_d = kd_adv * discriminator_loss(logit_t, logit_s)
+    loss_d = settings.kd_adv * discriminator_loss(logit_t, logit_s)
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
-    maps = out_t.attention, out_s.attention
-    inter = intermediate_distillation_loss(*maps, out_t.x_hat, out_s.x_hat)
+    inter = intermediate_distillation_loss(out_t.x_hat, out_s.x_hat)
     latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
-    adv_kd = adversarial_distillation_loss(hidden_t[-1], hidden_s[-1])
-    return loss_d, kd_inter * inter + kd_latent * latent + kd_adv * adv_kd
+    adv = adversarial_distillation_loss(features_t, features_s)
+    loss_g = settings.kd_inter * inter + settings.kd_latent * latent + settings.kd_adv * adv
+    return loss_d, loss_g
 
 
 # ----------------------------------------------------------------------------------------- training
-def fit(losses, data, rates, *, epochs, epoch_images, batch, seed, report):
-    """Train GANs. rates: {GAN: its peak learning rate}, which rise, then fall as a cosine to zero
-    (Smith and Topin 2018) [ours]. data: tensors (N, ...), images first. losses(*GANs, *a batch's
-    rows of data) -> (loss for D's, loss for G's). The images' order: by torch's generator, seeded
-    anew each epoch; after it, report(epoch, *mean losses). An overflow is a FloatingPointError."""
-    n, device = len(data[0]), data[0].device
-    d_weights = [p for gan in rates for p in gan.d.parameters()]
-    g_weights = [p for gan in rates for p in gan.g.parameters()]
-    groups = [{"params": gan.parameters()} for gan in rates]
-    optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)  # betas: DCGAN's
-    shown = n * max(1, epoch_images // n)
-    updates = math.ceil(shown / batch)  # of an epoch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [*rates.values()], max(1, epochs * updates), pct_start=0.15, cycle_momentum=False
-    )  # pct_start: at 0.1 torch divides by 0 where there are 10 updates
-    # bfloat16 where native; no cache of cast weights: gradients of their uses are summed in float32
-    bf16 = native_bf16(device.type)
-    autocast = torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)
-    for epoch in range(1, epochs + 1):
-        torch.manual_seed(10_000 * seed + epoch)
-        total = 0
-        for indices in torch.randperm(shown).to(device).split(batch):
-            with autocast:
-                loss_d, loss_g = losses(*rates, *(rows[indices % n] for rows in data))
-            # D's descend loss_d, G's loss_g, no other net moves. Both gradients are taken before
-            # either moves (as GANomaly's are), so L_D and L_adv share D(x_hat).
-            optimizer.zero_grad()
-            loss_d.backward(inputs=d_weights, retain_graph=True)
-            loss_g.backward(inputs=g_weights)
-            optimizer.step()
-            schedule.step()
-            total += torch.stack([loss_d, loss_g]).detach()
-        means = (total / updates).tolist()  # once an epoch: it waits for the device
-        if not math.isfinite(sum(means)):
-            raise FloatingPointError(f"a loss overflows in epoch {epoch}: lower the learning rates")
-        report(epoch, *means)
+def share_of_peak_rate(update, updates):
+    """The learning rate of an update (the first is 0), as a share of its peak: it rises linearly in
+    the first 15 % of the updates, then falls to zero as a cosine [ours]. It is taken in the middle
+    of an update, so that a stage of a single update learns, too."""
+    progress = (update + 0.5) / updates
+    if progress < 0.15:
+        return progress / 0.15
+    return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
 
 
-def native_bf16(kind):
-    """Whether a kind of device, "cpu" or "cuda", has bfloat16 in hardware."""
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = getattr(torch.cpu, "get_capabilities", dict)()  # dict: an older torch does not tell
-    return kind == "cpu" and any(has for name, has in flags.items() if "bf16" in name)
+def shuffled_batches(n, updates, settings):
+    """The indices of each update's images: all n images in a random order, then again in another
+    one, as often as needed. Every batch is whole. The seed alone decides the orders."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    passes = math.ceil(updates * settings.batch / n)
+    orders = [torch.randperm(n, generator=generator) for _ in range(passes)]
+    return torch.cat(orders).split(settings.batch)[:updates]
+
+
+def fit(stage, net, losses, gans, rates, updates, x, settings, report):
+    """Train GANs in place.
+
+    stage, net: the name of the stage and the GAN that it is about, which report() is told
+    losses: given the indices of a batch of x, it returns (the loss of the D's, that of the G's)
+    gans, rates: the GANs that move, and the peak learning rate of each
+    report: None, or called ten times: report(stage, net, update, updates, loss_d, loss_g)
+    Raises FloatingPointError when a loss overflows.
+    """
+    if updates == 0:
+        return
+    # 1. One Adam moves all GANs, each at its own rate. Its betas are DCGAN's.
+    groups = [{"params": gan.parameters(), "lr": r} for gan, r in zip(gans, rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda update: share_of_peak_rate(update, updates)
+    )
+    d_weights = [weight for gan in gans for weight in gan.d.parameters()]
+    g_weights = [weight for gan in gans for weight in gan.g.parameters()]
+    tenths = {math.ceil(updates * tenth / 10) for tenth in range(1, 11)}
+
+    for update, batch in enumerate(shuffled_batches(len(x), updates, settings), start=1):
+        # 2. Both losses come from the weights as they are now.
+        loss_d, loss_g = losses(batch.to(x.device))
+
+        # 3. The D's get the gradient of loss_d alone, the G's that of loss_g alone. Both are taken
+        #    before anything moves, so that the two losses can share D(x_hat).
+        optimizer.zero_grad()
+        loss_d.backward(inputs=d_weights, retain_graph=True)
+        loss_g.backward(inputs=g_weights)
+
+        # 4. Everything moves.
+        optimizer.step()
+        schedule.step()
+
+        # 5. Ten times a stage, look at the losses: reading them waits for the device.
+        if update in tenths:
+            d, g = loss_d.item(), loss_g.item()
+            if not math.isfinite(d + g):
+                raise FloatingPointError(f"{stage}: a loss overflows: lower the learning rates")
+            if report is not None:
+                report(stage, net, update, updates, d, g)
 
 
 # ------------------------------------------------------------------------------------------- stages
-def step1_losses(kd_weights, student, x, *of_teacher):
-    """(for s.d, for s.g) of a student, given images x and what the frozen teacher made of them."""
-    out_t, out_s = Generated(*of_teacher), student.g(x, attention=True)
-    return distillation_losses(student, out_t, out_s, **kd_weights)
+def train_gan(stage, gan, x, rate, updates, settings, report=None):
+    """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone"."""
+
+    def losses(i):
+        """The GAN's own losses on the images of index i."""
+        return gan_losses(gan, x[i], gan.g(x[i]), settings)
+
+    fit(stage, gan, losses, [gan], [rate], updates, x, settings, report)
 
 
-def step2_losses(gan_weights, kd_weights, student, teacher, x):
-    """(for both D's, for both G's): a student as in step 1 and by itself, its teacher by itself."""
-    out_t, out_s = teacher.g(x, attention=True), student.g(x, attention=True)
-    kd_d, kd_g = distillation_losses(student, out_t, out_s, **kd_weights)
-    own_d, own_g = gan_losses(student, x, out_s, **gan_weights)
-    teacher_d, teacher_g = gan_losses(teacher, x, out_t, **gan_weights)
-    return kd_d + own_d + teacher_d, kd_g + own_g + teacher_g
+def parts_of(x):
+    """Images x in parts that fit a CPU's cache: as many images each as make 128 of 32 x 32."""
+    pixels = x.shape[2] * x.shape[3]
+    return x.split(max(1, 128 * 32 * 32 // pixels))
 
 
-def train_stages(x, settings=DEFAULTS, report=lambda *progress: None):
-    """Train all stages on the normal images x (N, C, size, size) in [-1, 1], size a power of two,
-    16 or more. After each epoch: report(stage, epoch, mean loss_d, mean loss_g). Returns
-    {stage: GAN}, all whitened: "teacher" (as its own stage left it), "student_alone", "step1" and
-    "step2". Raises as fit()."""
-    lr_t, lr_s = settings.lr_teacher * 32 / settings.teacher_width, settings.lr_student
-    nets = {}
+def train_step1(student, teacher, x, settings, report=None):
+    """Step 1: the student learns from the frozen teacher alone, in place."""
+    # What a frozen teacher makes of an image never changes: it is made once, without a graph.
+    with torch.no_grad():
+        outs = [teacher.g(part) for part in parts_of(x)]
+    z_t = torch.cat([out.z for out in outs])
+    x_hat_t = torch.cat([out.x_hat for out in outs])
+    z_hat_t = torch.cat([out.z_hat for out in outs])
 
-    def of_settings(*names):
-        """Some settings, by name."""
-        return {name: getattr(settings, name) for name in names}
+    def losses(i):
+        """The student's distillation losses on the images of index i."""
+        out_t = Generated(z_t[i], x_hat_t[i], z_hat_t[i])
+        out_s = student.g(x[i])
+        return distillation_losses(student, out_t, out_s, settings)
 
-    def fresh(width):
-        """A GAN of a width: its initial weights come from the seed alone."""
-        torch.manual_seed(settings.seed)
-        return GAN(x.shape[3], x.shape[1], width, settings.z_dim).to(x.device)
+    rate, updates = settings.lr_student, settings.step1_updates
+    fit("step1", student, losses, [student], [rate], updates, x, settings, report)
 
-    def train(stage, losses, rates, epochs, *given):
-        """fit() of a stage on x and what else is given; then, its net, first in rates, whitened."""
-        how = of_settings("epoch_images", "batch", "seed")
-        fit(losses, [x, *given], rates, epochs=epochs, report=partial(report, stage), **how)
-        nets[stage], *_ = rates
-        whiten(nets[stage], x)
 
-    gan_weights = of_settings("w_adv", "w_con", "w_lat")
-    kd_weights = of_settings("kd_inter", "kd_latent", "kd_adv")
-    own_losses = partial(gan_losses, **gan_weights)
-    teacher, alone = fresh(settings.teacher_width), fresh(settings.student_width)
-    train("teacher", own_losses, {teacher: lr_t}, settings.epochs)
-    train("student_alone", own_losses, {alone: lr_s}, settings.epochs1 + settings.epochs2)
+def train_step2(student, teacher, x, settings, report=None):
+    """Step 2: student and teacher train on together, in place. Distillation moves only the student.
+    With a new student, a teacher's rate of 0 or not, and w_own = 0 or not, these are the four
+    single-step structures that the paper compares."""
+    w_own = settings.w_own
 
-    step1 = fresh(settings.student_width)
-    with torch.no_grad():  # what a frozen teacher makes of an image never changes: made once
-        parts = [teacher.g(part, attention=True) for part in x.split(128)]
-        of_teacher = map(torch.cat, zip(*parts, strict=True))
-    train("step1", partial(step1_losses, kd_weights), {step1: lr_s}, settings.epochs1, *of_teacher)
+    def losses(i):
+        """The student's distillation and own losses, and the teacher's own losses."""
+        out_t = teacher.g(x[i])
+        out_s = student.g(x[i])
+        kd_d, kd_g = distillation_losses(student, out_t, out_s, settings)
+        own_d, own_g = gan_losses(student, x[i], out_s, settings)
+        teacher_d, teacher_g = gan_losses(teacher, x[i], out_t, settings)
+        return kd_d + w_own * own_d + teacher_d, kd_g + w_own * own_g + teacher_g
 
-    moving, step2 = copy.deepcopy((teacher, step1))  # the teacher as it was is kept
-    rates = {step2: settings.lr_step2 * lr_s, moving: settings.lr_step2_teacher * lr_t}
-    train("step2", partial(step2_losses, gan_weights, kd_weights), rates, settings.epochs2)
-    return nets
+    gans, rates = [student, teacher], [settings.lr_step2_student, settings.lr_step2_teacher]
+    fit("step2", student, losses, gans, rates, settings.step2_updates, x, settings, report)
+
+
+def new_gan(x, width, settings):
+    """A GAN of a width for images like x. The seed alone decides its initial weights."""
+    torch.manual_seed(settings.seed)
+    return GAN(x.shape[3], x.shape[1], width, settings.z_dim).to(x.device)
+
+
+def train_stages(x, settings, report=None, teacher=None):
+    """Train all stages on normal images x (N, C, size, size) in [-1, 1]; size is a power of two, 16
+    or more. report: as in fit(). teacher: a trained GAN, where none is to be trained. Returns the
+    GANs by name: the four stages, and teacher_step2, the teacher as step 2 leaves it."""
+    if teacher is None:
+        teacher = new_gan(x, settings.teacher_width, settings)
+        rate, updates = settings.lr_teacher, settings.teacher_updates
+        train_gan("teacher", teacher, x, rate, updates, settings, report)
+
+    student_alone = new_gan(x, settings.student_width, settings)
+    rate, updates = settings.lr_student, settings.alone_updates
+    train_gan("student_alone", student_alone, x, rate, updates, settings, report)
+
+    step1 = new_gan(x, settings.student_width, settings)
+    train_step1(step1, teacher, x, settings, report)
+
+    step2 = copy.deepcopy(step1)  # so that the nets of step 1 stay as they are
+    teacher_step2 = copy.deepcopy(teacher)
+    train_step2(step2, teacher_step2, x, settings, report)
+
+    nets = {"teacher": teacher, "student_alone": student_alone, "step1": step1, "step2": step2}
+    return nets | {"teacher_step2": teacher_step2}
 
 
 # -------------------------------------------------------------------------------------------- score
-@torch.inference_mode()
-def in_parts(f, x):
-    """f(x), computed part by part, of images x (N, C, size, size) in [-1, 1]."""
-    return torch.cat([f(part) for part in x.split(128)])  # 128 stay in a CPU's cache
+@torch.no_grad()
+def residuals(generator, x):
+    """z - z_hat (N, z_dim) of images x (N, C, size, size) in [-1, 1], N > 0, each by itself."""
+    outs = [generator(part) for part in parts_of(x)]
+    return torch.cat([out.z - out.z_hat for out in outs])
 
 
 def score(gan, x):
-    """Anomaly scores (N,) on the CPU of images x (N, C, size, size) in [-1, 1], each by itself."""
-    return in_parts(gan, x).cpu()
-
-
-def whiten(gan, x):
-    """Have a GAN score by the whitened distance sqrt((r - m)' S^-1 (r - m)) = ||(r - m) W||_2, m
-    mean and S the covariance of training images' r, shrunk (Ledoit and Wolf 2004); W W' = S^-1."""
-    r = in_parts(gan.residual, x)
-    model = covariance.LedoitWolf().fit(r.cpu().double())
-    gan.residual_mean = torch.tensor(model.location_).to(r)
-    gan.residual_whitener = torch.linalg.cholesky(torch.tensor(model.precision_)).to(r).contiguous()
+    """The anomaly score ||z - z_hat||_2 [paper] of images x (N, C, size, size) in [-1, 1]: (N,),
+    high is anomalous."""
+    if len(x) == 0:
+        return x.new_empty(0)
+    return residuals(gan.g, x).norm(dim=1)
 
 
 def auroc(scores, y):
-    """AUROC in percent of scores (N,), y (N,) true for an anomaly. Raises ValueError for NaN."""
+    """AUROC in percent of scores (N,); y (N,) is true for an anomaly. Raises ValueError for scores
+    that are no numbers, and where all of y is the same."""
     return 100 * metrics.roc_auc_score(y, scores.cpu())
 
 
-# ==== the program: data, files, command line ====
+# ==== the program: data, detector, evaluation, files, command line ====
 import argparse
-import contextlib
-import glob
+import hashlib
+import json
 import os
 import signal
 import statistics
 import sys
 import tempfile
-import timeit
 import warnings
-from collections import Counter
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from time import monotonic
 
 import torchvision
-from PIL import Image, ImageOps
-from sklearn import datasets, decomposition, model_selection
+from PIL import Image, ImageDraw, ImageOps
+from sklearn import covariance, datasets, decomposition, model_selection
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.functional import pil_to_tensor, resize
+from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
-VERSION = 7  # of the method and the files: raised when a change makes earlier results incomparable
-PROGRAM = """
-what a result depends on, with METHOD, default, range
-    dataset        "digits"  digits|mnist|fmnist|cifar10|folder   what to train and test on
-    normal              "0"  -      the normal class, by name, or, but for a folder, by index
-    data             "data"  -      where data sets are or go to; for folder, what has train/, test/
-    size                 32  16|32|64|128|256|512   images become size x size
-    holdout             0.0  0..1   share of normal training images, the last, held out for p-values
-what its AUROCs do not depend on (--skip-finished ignores it)
-    out              "runs"  -      where each run makes a folder; other settings: another one
-    device               ""  -      to train on: cpu, cuda:1, mps, ...; cuda if there is one
-    alpha              0.05  1e-9..1   share of false alarms accepted; not kept for --score
-"""
-PER_DATASET = {  # flags put before the user's; student_width: the paper's ratio of FLOPs or more
-    "digits": "--normal 8 --epochs 20 --epochs1 40 --epochs2 10 --batch 16 "
-    "--student-width 1 --lr-student 0.02 --w-con 10",
-    "mnist": "--teacher-width 40 --student-width 1 --lr-student 0.02 --w-con 10",
-    "fmnist": "--teacher-width 56 --student-width 1",
-    "cifar10": "--teacher-width 64 --student-width 8",
-    "folder": "--holdout 0.1 --epoch-images 4000 --lr-step2-teacher 0.01",
-}
-Task = namedtuple("Task", "x x_held x_test y_test kinds normal classes")  # see load_task()
+VERSION = 8  # of the method and of the files: raised when earlier results become incomparable
+STAGES = ["teacher", "student_alone", "step1", "step2"]
+ALPHAS = [0.01, 0.05, 0.1]  # the shares of false alarms in the table of kinds
+HOLDOUT_OF_A_FOLDER = 0.2
+FILES = ["nets.pt", "student.pt", "student.pt2", "samples.png", "result.json"]  # of a run
+EXAMPLES = """Learn from images of one normal class, and score any image by how anomalous it is.
+
+  python pkdgan.py --dataset mnist --normal 3
+  python pkdgan.py --dataset folder --data parts --normal good
+  python pkdgan.py --score runs/parts-good-seed0/student.pt new/*.jpg"""
+
+
+@dataclass
+class Options:
+    """What a run needs to know beside its Settings: its images, and where its files go."""
+
+    dataset: str = setting(
+        "digits", "what to train on; folder: your own images", choices=EXPERIMENTS
+    )
+    normal: str = setting("8", "the normal class: its name or, but for a folder, its number")
+    data: str = setting("data", "where data sets are or go to; folder: what has train/ and test/")
+    size: int = setting(32, "images become size x size", choices=[16, 32, 64, 128, 256, 512])
+    holdout: float = setting(0.0, "share of the normal images, the last, kept for p-values", high=1)
+    teacher: str = setting("", "take the teacher from a nets.pt, or from a folder of runs")
+    out: str = setting("", "folder of the run; if none is named, runs/DATA-CLASS-seedSEED")
+    device: str = setting("", "cpu, cuda:1, mps, ...; if none is named, cuda where there is one")
+    alpha: float = setting(0.05, "share of false alarms that you accept", low=1e-9, high=1)
 
 
 # --------------------------------------------------------------------------------------------- data
-def image_files(root, pattern="**"):
-    """The images that a pattern finds in a folder, in the order of their paths, links followed, but
-    not what is hidden (.x, @x). What is left out, but for .x, is counted on stderr."""
-    images, files = [], 0
-    for name in glob.glob(pattern, root_dir=root, recursive=True):  # leaves out .x
-        path = Path(root, name)
-        files += path.is_file()
-        if "/@" not in f"/{name}":
-            with contextlib.suppress(Exception):  # a folder, or what decoders raise: all sorts
-                Image.open(path)
-                images.append(path)
-    if files > len(images):
-        note(f"{root}: left out {files - len(images)} files, hidden or no images")
+@dataclass
+class Task:
+    """The images of a run. All are float32 (N, C, size, size) in [-1, 1]."""
+
+    x: torch.Tensor  # normal images to train on
+    x_held: torch.Tensor  # normal images that no net sees
+    x_test: torch.Tensor  # all test images
+    y_test: list  # for each test image, whether it is an anomaly
+    kinds: list  # for each test image, its class
+    normal: str  # the normal class
+    source: str  # the name of the data set or folder
+    fingerprint: str  # a hash of x, which tells whether two runs trained on the same images
+
+
+def image_files(root):
+    """The images in a folder and its subfolders, sorted. A file is an image if its name ends like
+    one that Pillow reads. Hidden files and folders (.x, @x) and other files are left out, and
+    counted on stderr. Links are followed, but no folder is entered twice."""
+    suffixes = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images, left_out, entered = [], 0, set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        entered.add(os.path.realpath(folder))
+        for name in names:
+            if name.startswith(".") or Path(name).suffix.lower() not in suffixes:
+                left_out += 1
+            else:
+                images.append(Path(folder, name))
+        visible = [name for name in sorted(subfolders) if not name.startswith((".", "@"))]
+        subfolders[:] = []  # os.walk goes into what is put in here
+        for name in visible:
+            if os.path.realpath(os.path.join(folder, name)) not in entered:
+                subfolders.append(name)
+    if left_out:
+        note(f"{root}: left out {left_out} files that are hidden or no images by their names")
     return sorted(images)
 
 
 def read_image(path, size):
-    """An image file, turned upright by its EXIF flag, on white where it is transparent, as uint8
-    (3, size, size). Raises OSError."""
+    """An image file as uint8 (3, size, size), turned upright by its EXIF flag, on white where it is
+    transparent. Raises OSError."""
     try:
         image = Image.open(path)
         if image.mode[0] in "IF":  # grey, which Pillow would clip to 255
             raise ValueError("it has more than 8 bits a channel")
         image = ImageOps.exif_transpose(image).convert("RGBA").resize((size, size), Image.BILINEAR)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    except Exception as error:
+        white = Image.new("RGBA", image.size, "white")
+        return pil_to_tensor(Image.alpha_composite(white, image).convert("RGB"))
+    except Exception as error:  # decoders raise exceptions of many kinds
         raise OSError(f"{path} cannot be used as an image ({error}): mend or remove it") from error
-    return pil_to_tensor(image.convert("RGB"))
 
 
-def load_split(args, split):
-    """The split "train" or "test": images x (N, C, size, size), 0 to 255, with C = 3 for CIFAR-10
-    and folders, else 1; the class of each; all classes. No test/: all empty. Raises OSError."""
-    if args.dataset == "folder":  # as MVTec AD: train/<class>/* and, if there, test/<class>/*
-        files = image_files(args.data, f"{split}/*/**")
-        kinds = [file.relative_to(args.data).parts[1] for file in files]
-        x = [read_image(file, args.size) for file in files]
-        return torch.stack(x) if x else torch.empty(0), kinds, sorted(set(kinds))
-    if args.dataset == "digits":  # scikit-learn's, 8 x 8, come without a split: a fixed one
+def load_folder(root, size):
+    """The images in root/CLASS/, as MVTec AD has them: uint8 (N, 3, size, size), the class of each.
+    Raises OSError."""
+    images, kinds = [], []
+    for file in image_files(root):
+        kind, *below = file.relative_to(root).parts
+        if not below:
+            raise OSError(f"{file} is in no class: move it into a folder {root}/CLASS")
+        images.append(read_image(file, size))
+        kinds.append(kind)
+    return torch.stack(images) if images else torch.empty(0, 3, size, size).byte(), kinds
+
+
+def load_split(options, split):
+    """The split "train" or "test" of a data set: images, uint8 (N, C, size, size), C is 3 for
+    CIFAR-10 and folders, else 1; the class of each; all classes. Raises OSError."""
+    if options.dataset == "folder":
+        x, kinds = load_folder(Path(options.data, split), options.size)
+        return x, kinds, sorted(set(kinds))
+    if options.dataset == "digits":  # of 8 x 8, which come as one: a third is for the test
         digits = datasets.load_digits()
-        x, c, classes = (digits.images * 15.9375).astype("uint8"), digits.target, list("0123456789")
-        parts = model_selection.train_test_split(x, c, test_size=1 / 3, stratify=c, random_state=0)
-        x, c = parts[split == "test" :: 2]  # of x, x_test, c, c_test
+        x = (digits.images * 15.9375).astype("uint8")  # 0 to 16 become 0 to 255
+        x_train, x_test, targets_train, targets_test = model_selection.train_test_split(
+            x, digits.target, test_size=1 / 3, stratify=digits.target, random_state=0
+        )
+        x, targets = (x_train, targets_train) if split == "train" else (x_test, targets_test)
+        classes = list("0123456789")
     else:
-        name = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10"}[args.dataset]
+        names = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10"}
+        name = names[options.dataset]
         try:
-            data = getattr(torchvision.datasets, name)(args.data, split == "train", download=True)
+            load = getattr(torchvision.datasets, name)
+            data = load(options.data, train=split == "train", download=True)
         except Exception as error:  # no network, a missing file, broken bytes
             what = "go online once, or, if it is there but damaged, delete it"
-            raise OSError(f"no {name} in {args.data} ({error}): {what}") from error
-        x, c, classes = data.data, data.targets, data.classes
-    x = torch.as_tensor(x)  # (N, h, w), or (N, h, w, 3)
-    x = resize(x.reshape(*x.shape[:3], -1).movedim(3, 1), args.size)
-    return x, [classes[k] for k in c], classes
+            raise OSError(f"no {name} in {options.data} ({error}): {what}") from error
+        x, targets, classes = data.data, data.targets, data.classes
+    x = torch.as_tensor(x)  # grey (N, height, width), or colour (N, height, width, 3)
+    x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
+    x = resize(x, [options.size, options.size])
+    return x, [classes[target] for target in targets], classes
 
 
-def load_task(args):
-    """A Task: x, normal training images; x_held, the last of them, held out; x_test, y_test, kinds:
-    test images, whether each is an anomaly, its class; normal, the class; classes of training. All
-    images are float32 (N, C, size, size) in [-1, 1]. Raises ValueError for an unknown class or too
-    few images, OSError for unusable data."""
-    x, names, classes = load_split(args, "train")
-    x_test, kinds, _ = load_split(args, "test")
-    normal = args.normal
-    if args.dataset != "folder":  # whose classes may be named by numbers
-        normal = dict(zip("0123456789", classes, strict=False)).get(normal, normal)
+def without_copies(x):
+    """Images without those that equal an earlier one, which are counted on stderr: were one trained
+    on and its copy held out, the p-values would be wrong."""
+    seen, first = set(), []
+    for index, image in enumerate(x):
+        pixels = image.numpy().tobytes()
+        if pixels not in seen:
+            first.append(index)
+        seen.add(pixels)
+    if len(first) < len(x):
+        note(f"{len(x) - len(first)} training images equal another one: they are left out")
+    return x[first]
+
+
+def load_task(options):
+    """The Task of a run. Raises ValueError for an unknown class or device or too few images,
+    OSError for unusable data."""
+    try:
+        torch.zeros(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {options.device} cannot be used: {error}") from error
+    x, kinds, classes = load_split(options, "train")
+    x_test, test_kinds, _ = load_split(options, "test")
+    normal, source, where = options.normal, options.dataset, options.dataset
+    if options.dataset == "folder":
+        source = Path(options.data).resolve().name
+        where = Path(options.data, "train").resolve()
+    elif normal.isdigit() and int(normal) < len(classes):
+        normal = classes[int(normal)]
     if normal not in classes:
-        found = f"{', '.join(classes) or 'none: no images in train/CLASS/'}"
-        raise ValueError(f"--normal {normal}: the classes are {found}")
-    x = x[[name == normal for name in names]]
-    n = int((1 - args.holdout) * len(x))  # the last, not random: neighbours may be alike
-    if len(x[:n].unique(dim=0)) < 10:
-        raise ValueError(f"{n} images to train on: at least 10 different ones are needed")
-    x, x_test = ((t.float() / 127.5 - 1).to(args.device) for t in (x, x_test))
-    return Task(x[:n], x[n:], x_test, [kind != normal for kind in kinds], kinds, normal, classes)
+        hint = "" if options.dataset == "folder" else "; for your own images: --dataset folder"
+        found = ", ".join(classes) or "none"
+        raise ValueError(f"--normal {normal}: the classes in {where} are: {found}{hint}")
+    x = x[[kind == normal for kind in kinds]]
+    if options.dataset == "folder":
+        x = without_copies(x)
+    n = int((1 - options.holdout) * len(x))  # not chosen at random: neighbours may be alike
+    if n < 10:
+        raise ValueError(f"{n} different images of {normal} to train on: at least 10 are needed")
+    scaled = x.float() / 127.5 - 1
+    return Task(
+        x=scaled[:n].to(options.device),
+        x_held=scaled[n:].to(options.device),
+        x_test=(x_test.float() / 127.5 - 1).to(options.device),
+        y_test=[kind != normal for kind in test_kinds],
+        kinds=test_kinds,
+        normal=normal,
+        source=source,
+        fingerprint=hashlib.sha256(x[:n].numpy().tobytes()).hexdigest()[:16],
+    )
 
 
-# ------------------------------------------------------------------------------------------- report
-def progress(args):
-    """A report for train_stages(): a line an epoch, with the time left of all stages."""
-    took = {"teacher": 10, "student_alone": 2, "step1": 2, "step2": 15}  # an epoch, roughly
-    total = 10 * args.epochs + 4 * args.epochs1 + 17 * args.epochs2
-    done, began = 0, monotonic()
+# ----------------------------------------------------------------------------------------- detector
+class Detector(nn.Module):
+    """What is used of a student in the end [ours]: its generator, whose r = z - z_hat is turned into
+    a score and a p-value. The files student.pt and student.pt2 hold one.
 
-    def report(stage, epoch, loss_d, loss_g):
-        """Print the line of an epoch."""
-        nonlocal done
-        done += took[stage]
-        left = (monotonic() - began) * (total / done - 1)
-        print(f"{stage} {epoch}: loss_D {loss_d:.3f} loss_G {loss_g:.3f} | {left:.0f} s left")
+    The score is r's Mahalanobis length sqrt((r - m)' S^-1 (r - m)) = ||(r - m) W||_2, where m and S
+    are the mean and covariance of r on the training images, and W W' = S^-1 ("whitening").
+    The p-value is (1 + number of held-out images with a score as high) / (1 + number of held-out
+    images): conformal prediction (Vovk et al. 2005, Bates et al. 2023). Over draws of normal images
+    P(p <= alpha) <= alpha. If none are held out, p is 1.
+    """
 
-    return report
+    def __init__(self, size, channels, width, z_dim, held_out):
+        super().__init__()
+        self.size, self.channels, self.held_out = size, channels, held_out
+        self.g = Generator(size, channels, width, z_dim)
+        self.register_buffer("mean", torch.zeros(z_dim))
+        self.register_buffer("whitener", torch.eye(z_dim))
+        self.register_buffer("held_out_scores", torch.zeros(held_out))  # sorted
+        # The p-value of a score that lies above k of the held-out ones has index k.
+        above = torch.arange(held_out, -1, -1, dtype=torch.float64)
+        self.register_buffer("p_values", (1 + above) / (1 + held_out))
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        """Images x (B, C, size, size) in [-1, 1] -> scores (B,), high is anomalous, and their
+        p-values (B,), float64."""
+        out = self.g(x)
+        scores = ((out.z - out.z_hat - self.mean) @ self.whitener).norm(dim=1)
+        # Scores that differ by rounding alone, on another device, count as equal.
+        below = torch.searchsorted(self.held_out_scores, scores * (1 - 1e-5))
+        return scores, self.p_values[below]
+
+
+def make_detector(student, x, x_held, settings):
+    """The Detector (on the CPU) of a student that was trained on x; x_held: images held out."""
+    detector = Detector(x.shape[3], x.shape[1], settings.student_width, settings.z_dim, len(x_held))
+    detector.g.load_state_dict(student.g.state_dict())
+    r = residuals(student.g, x).cpu().double()
+    model = covariance.LedoitWolf().fit(r)  # with fewer images than numbers in r, S is shrunk
+    whitener = torch.linalg.cholesky(torch.tensor(model.precision_))
+    detector.mean.copy_(torch.tensor(model.location_))
+    detector.whitener.copy_(whitener)
+    scores, _ = detect(detector, x_held)
+    detector.held_out_scores.copy_(scores.sort().values)
+    return detector
+
+
+def detect(detector, x):
+    """A detector's scores and p-values of any number of images, computed in parts on the CPU."""
+    scores, p_values = [torch.empty(0)], [torch.empty(0, dtype=torch.float64)]
+    for part in parts_of(x.cpu()):
+        if len(part):
+            part_scores, part_p_values = detector(part)
+            scores.append(part_scores)
+            p_values.append(part_p_values)
+    return torch.cat(scores), torch.cat(p_values)
+
+
+def needed_for(alpha):
+    """How many images have to be held out for p-values to reach alpha: 1 / (1 + n) <= alpha.
+    By hand: needed_for(0.05) = 19"""
+    return math.ceil(1 / alpha - 1e-9) - 1
+
+
+def too_few(alpha, held_out):
+    """The message that there are no verdicts."""
+    return f"no verdicts: alpha {alpha} needs {needed_for(alpha)} held out, {held_out} are"
+
+
+def false_alarms(rank, held_out):
+    """The range of the share of new normal images, in percent, that lie above the rank-th highest
+    of the held-out scores. It holds for nine draws of the held-out images in ten: the share is
+    distributed as Beta(rank, held_out + 1 - rank)."""
+    shares = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    counts = torch.arange(rank, held_out + 1, dtype=torch.float64)
+    # P(Beta(rank, n + 1 - rank) <= share) = P(Binomial(n, share) >= rank)
+    log_probs = torch.distributions.Binomial(held_out, shares).log_prob(counts[:, None])
+    probability = log_probs.exp().sum(0)
+    low, high = shares[probability >= 0.05][0], shares[probability >= 0.95][0]
+    return 100 * low.item(), 100 * high.item()
+
+
+# --------------------------------------------------------------------------------------- evaluation
+class Progress:
+    """Prints a line at each tenth of a stage, and keeps the same numbers in curve."""
+
+    def __init__(self, task, stages):
+        every = math.ceil(len(task.x_test) / 1000) or 1  # spread over the test images
+        self.x_test, self.y_test = task.x_test[::every], task.y_test[::every]
+        self.stages, self.curve = stages, []
+        self.stage, self.began = "", monotonic()
+
+    def report(self, stage, net, update, updates, loss_d, loss_g):
+        """What train_stages() calls. The AUROC is that of at most 1,000 test images."""
+        point = {"stage": stage, "update": update, "loss_d": loss_d, "loss_g": loss_g}
+        text = ""
+        if len(set(self.y_test)) == 2:
+            point["auroc"] = auroc(score(net, self.x_test), self.y_test)
+            text = f"AUROC {point['auroc']:.2f} | "
+        self.curve.append(point)
+        number = f"{self.stages.index(stage) + 1}/{len(self.stages)}"
+        losses = f"loss_D {loss_d:.3f} loss_G {loss_g:.3f}"
+        left = (monotonic() - self.began) * (updates / update - 1)
+        print(f"{stage} {number}: update {update}/{updates} | {losses} | {text}{left:.0f} s left")
+        if update == updates:
+            self.began = monotonic()
 
 
 def pca_auroc(task):
-    """AUROC in percent of PCA's reconstruction error (90 % of the variance, at 32 x 32)."""
-    x, x_test = (F.adaptive_avg_pool2d(t, 32).flatten(1).cpu() for t in (task.x, task.x_test))
-    pca = decomposition.PCA(0.9, svd_solver="covariance_eigh").fit(x)  # fast on many images
+    """AUROC in percent of PCA's reconstruction error (90 % of the variance, at 32 x 32): what a
+    detector without any training of nets reaches."""
+    x = F.adaptive_avg_pool2d(task.x, 32).flatten(1).cpu()
+    x_test = F.adaptive_avg_pool2d(task.x_test, 32).flatten(1).cpu()
+    pca = decomposition.PCA(0.9, svd_solver="covariance_eigh").fit(x)
     errors = x_test - torch.tensor(pca.inverse_transform(pca.transform(x_test)))
     return auroc(errors.square().sum(1), task.y_test)
 
 
 def cost(gan, x):
-    """What a GAN costs: params and flops (of an image) of generator and discriminator; microseconds
-    of a score on the device of x, of one image (us_1) and of each of 256 (us_256)."""
-    with FlopCounterMode(display=False) as counter:
+    """The number of a GAN's parameters, and of its operations (FLOPs) on one image."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         gan.d(gan.g(x[:1]).x_hat)
-    costs = {"params": sum(p.numel() for p in gan.parameters()), "flops": counter.get_total_flops()}
-    for n in (1, 256):
-        call = partial(score, gan, x[torch.arange(n) % len(x)])
-        costs[f"us_{n}"] = 1e6 / n * min(timeit.repeat(call, number=1, repeat=11))
-    return costs
+    return sum(weight.numel() for weight in gan.parameters()), counter.get_total_flops()
 
 
-def shares_flagged(args, task, student, calibration):
-    """{class: {alpha: % of its test images flagged}} for alphas that the number held out allows."""
-    alphas = [a for a in (0.01, 0.05, 0.1, args.alpha) if a * (1 + len(calibration)) >= 1]
-    flagged = {}
-    for kind in sorted({*task.kinds}) if alphas else ():
-        p = p_values(score(student, task.x_test[[k == kind for k in task.kinds]]), calibration)
-        flagged[kind] = {a: round(100 * statistics.mean((p <= a).tolist()), 1) for a in alphas}
-    return flagged
+def table_of_kinds(task, scores, p_values, held_out):
+    """For each class in the test: the number of its images, the AUROC in percent of telling it from
+    the normal class, and the percentage flagged by alpha, as far as enough images are held out."""
+    table = {}
+    for kind in sorted(set(task.kinds)):
+        here = torch.tensor([k == kind for k in task.kinds])
+        normal = torch.tensor([k == task.normal for k in task.kinds])
+        row = {"images": int(here.sum()), "auroc": None, "flagged": {}}
+        if kind != task.normal and normal.any():
+            row["auroc"] = auroc(scores[here | normal], here[here | normal])
+        for alpha in ALPHAS:
+            if held_out >= needed_for(alpha):
+                flagged = (p_values[here] <= alpha).double().mean()
+                row["flagged"][str(alpha)] = round(100 * flagged.item(), 1)
+        table[kind] = row
+    return table
 
 
-def print_tables(args):
-    """Print the results of a folder of runs in Markdown: mean ± standard deviation of n seeds."""
-    tables = {}  # {(title, *classes): {seed: {class: {stage: AUROC}}}}
-    for file in sorted(Path(args.table).glob("*/result.json")):
-        result = json.loads(file.read_text())
-        if not result["auroc"] or result["version"] != VERSION:
-            continue
-        for key in ("auroc", "auroc_whitened"):
-            table = tables.setdefault((f"{result['pair']}, {key}", *result["classes"]), {})
-            table.setdefault(result["seed"], {})[result["normal"]] = result[key]
-    stages = ["teacher", "student_alone", "step1", "step2", "gain"]
-    for (title, *classes), seeds in tables.items():
-        print(f"\n{title}\n\n| class | {' | '.join(stages)} | n |\n{'|---' * 7}|")
-        for name, group in [*((name, [name]) for name in classes), ("mean", classes)]:
-            found = [runs for runs in seeds.values() if runs.keys() >= set(group)]
-            cells = []
-            for stage in stages:
-                means = [statistics.mean(runs[k][stage] for k in group) for runs in found]
-                spread = f" ± {statistics.stdev(means):.2f}" if means[1:] else ""
-                cells.append(f"{statistics.mean(means):.2f}{spread}" if means else "missing")
-            print(f"| {name} | {' | '.join(cells)} | {len(found)} |")
-
-
-def run(args):
-    """Train, evaluate, print, save. Raises as load_task(), train_stages() and save()."""
-    began = monotonic()
-    source = Path(args.data).name if args.dataset == "folder" else args.dataset
-    folder = Path(args.out, f"{source}-{args.normal}-seed{args.seed}".replace("/", "-"))
-    result, file = {"version": VERSION}, folder / "result.json"
-    depends_on = rows_of(PROGRAM.split("not depend")[0] + METHOD)  # the rows above that heading
-    result["settings"] = {name: getattr(args, name) for name, *_ in depends_on}
-    result["bf16"] = native_bf16(torch.device(args.device).type)
-    before = json.loads(file.read_text()) if args.skip_finished and file.exists() else {}
-    if result.items() <= before.items():
-        return print(f"finished before: {file}")
-    task = load_task(args)
-    os.makedirs(folder, exist_ok=True)
-    print(f"{folder.name}: {len(task.x)} images, {len(task.x_held)} held out, on {args.device}")
-    print(f"test: {dict(Counter(task.kinds))}")
-    nets = train_stages(task.x, args, progress(args))
-    student = nets["step2"]
-    plain, whitened = {}, {}
+def evaluate(nets, scores, detector, task, options):
+    """A run's figures, as they stand in result.json. scores: those of the test images, by stage."""
+    detector_scores, p_values = detect(detector, task.x_test)
+    result = {"auroc": {}, "auroc_detector": None, "baselines": {}}
     if len(set(task.y_test)) == 2:
-        for stage, gan in nets.items():
-            r = in_parts(gan.residual, task.x_test)
-            plain[stage] = auroc(r.norm(dim=1), task.y_test)
-            whitened[stage] = auroc(gan.distance(r), task.y_test)
-        for values in (plain, whitened):
-            values["gain"] = values["step2"] - values["student_alone"]
-    calibration = score(student, task.x_held).sort().values
-    k = int(args.alpha * (1 + len(calibration)) + 1e-9)  # flagged is what is above the k-th highest
-    costs_t, costs_s = cost(nets["teacher"], task.x), cost(student, task.x)
-    result |= {key: {"teacher": costs_t[key], "student": costs_s[key]} for key in costs_t}
-    result |= {"ratio": costs_t["flops"] / costs_s["flops"], "seconds": monotonic() - began}
-    result |= {"dataset": args.dataset, "normal": task.normal, "seed": args.seed}
-    result |= {"auroc": plain, "auroc_whitened": whitened, "images": {"test": len(task.kinds)}}
-    result |= {"baselines": {"pca": pca_auroc(task)} if plain else {}, "classes": task.classes}
-    result["flagged"] = shares_flagged(args, task, student, calibration)
-    result |= {"alpha": args.alpha, "threshold": calibration[-k].item() if k else None}
-    result["pair"] = f"{source}, {args.teacher_width} : {args.student_width}"
-    result["device"] = f"{args.device}, {torch.get_num_threads()} threads, {torch.__version__}"
-    if plain:
-        print("\nAUROC in %         plain    whitened")
-        for stage, value in plain.items():
-            print(f"{stage:13}{value:11.2f}{whitened[stage]:12.2f}")
-        print(f"PCA {result['baselines']['pca']:20.2f}")
+        for stage in STAGES:
+            result["auroc"][stage] = auroc(scores[stage], task.y_test)
+        result["auroc"]["gain"] = result["auroc"]["step2"] - result["auroc"]["student_alone"]
+        result["auroc_detector"] = auroc(detector_scores, task.y_test)
+        result["baselines"]["pca"] = pca_auroc(task)
+    result["kinds"] = table_of_kinds(task, detector_scores, p_values, detector.held_out)
+    n, held_out, test = len(task.x), len(task.x_held), len(task.x_test)
+    result["images"] = {"train": n, "held_out": held_out, "test": test}
+    rank = int(options.alpha * (1 + held_out) + 1e-9)
+    result["alpha"] = options.alpha
+    # A score is flagged if it is higher than the rank-th highest of the held-out ones.
+    result["threshold"] = detector.held_out_scores[-rank].item() if rank else None
+    result["false_alarms"] = false_alarms(rank, held_out) if rank else None
+    params_t, flops_t = cost(nets["teacher"], task.x)
+    params_s, flops_s = cost(nets["step2"], task.x)
+    result["params"] = {"teacher": params_t, "student": params_s}
+    result["flops"] = {"teacher": flops_t, "student": flops_s}
+    result["ratio"] = flops_t / flops_s
+    result["device"] = f"{options.device}, {torch.get_num_threads()} threads, {torch.__version__}"
+    return result
+
+
+def print_result(result):
+    """Print what a run found."""
+    if result["auroc"]:
+        print("\nAUROC in %")
+        for stage in STAGES:
+            print(f"{stage:15}{result['auroc'][stage]:6.2f}")
+        print(f"{'detector':15}{result['auroc_detector']:6.2f}  step2, whitened")
+        print(f"{'PCA':15}{result['baselines']['pca']:6.2f}  a baseline without nets")
     else:
         print("\nno AUROC: the test images are all normal, all anomalies, or none")
-    print(f"The teacher has {result['ratio']:.0f} times as many FLOPs as the student.")
-    for kind, shares in result["flagged"].items():
-        print(f"% flagged of {kind}, by alpha: {shares}")
-    print(f"threshold at {args.alpha}: {result['threshold'] or math.nan:.4g} (nan: few held out)")
-    save(args, task, student.cpu(), calibration, folder, result)
+    print(f"The teacher takes {result['ratio']:.0f} times as many FLOPs as the student.")
+    if result["kinds"]:
+        print(f"\n{'the detector, by kind':24}{'images':>7}{'AUROC':>7}", end="")
+        print("".join(f"{f'% at {alpha}':>11}" for alpha in ALPHAS))
+    for kind, row in result["kinds"].items():
+        figures = f"{row['images']:7}"
+        figures += f"{'-':>7}" if row["auroc"] is None else f"{row['auroc']:7.2f}"
+        for alpha in ALPHAS:
+            figures += f"{row['flagged'].get(str(alpha), '-'):>11}"
+        print(f"{kind:24}{figures}")
+    alpha, held_out = result["alpha"], result["images"]["held_out"]
+    if result["threshold"] is None:
+        print(too_few(alpha, held_out))
+    else:
+        low, high = result["false_alarms"]
+        print(
+            f"{held_out} are held out. At alpha {alpha}, scores above {result['threshold']:.4g} are"
+        )
+        print(f"flagged: {low:.0f} to {high:.0f} % of new normal images, nine times in ten.")
 
 
-# ----------------------------------------------------------------------------------------- detector
-def p_values(scores, calibration):
-    """p = (1 + number of calibration scores >= score) / (n + 1), conformal (Vovk et al. 2005, Bates
-    et al. 2023), of scores (N,), given the sorted ones (n,) of normal images that no net saw. Over
-    draws of images, P(p <= alpha) <= alpha. By hand: p_values([2.5], [1., 2., 3.]) = 2 / 4"""
-    n = len(calibration)
-    below = torch.searchsorted(calibration, scores * (1 - 1e-5))  # nearly equal is equal: rounding
-    return (1 + n - below).double() / (n + 1)
+def draw_samples(nets, task):
+    """A picture: normal test images on the left, anomalies on the right, eight each, in three rows:
+    the image, the teacher's reconstruction, the student's; below, class and the student's score."""
+    normal = [i for i, anomaly in enumerate(task.y_test) if not anomaly][:8]
+    anomalies = [i for i, anomaly in enumerate(task.y_test) if anomaly][:8]
+    x, kinds = task.x_test[normal + anomalies], [task.kinds[i] for i in normal + anomalies]
+    if not normal:  # then some of those that were trained on
+        x, kinds = torch.cat([task.x[:8], x]), [task.normal] * len(task.x[:8]) + kinds
+    student = nets["step2"]
+    scores = score(student, x).tolist()
+    with torch.no_grad():
+        rows = torch.stack([x, nets["teacher"].g(x).x_hat, student.g(x).x_hat], dim=1)
+    side = max(96, task.x.shape[3])  # of an image in the picture
+    picture = Image.new("RGB", (len(x) * (side + 4) + 12, 3 * (side + 4) + 40), "white")
+    draw = ImageDraw.Draw(picture)
+    for column, images in enumerate(rows.cpu()):
+        left = column * (side + 4) + (12 if kinds[column] != task.normal else 0)
+        for row, image in enumerate(images):
+            tile = to_pil_image(image / 2 + 0.5).resize((side, side), Image.NEAREST)
+            picture.paste(tile, (left, row * (side + 4)))
+        label = f"{kinds[column][:15]}\n{scores[column]:.2f}"
+        draw.text((left + 4, 3 * (side + 4) + 4), label, fill="black")
+    return picture
 
 
-def save(args, task, student, calibration, folder, result):
-    """Write the student and the result. Raises OSError."""
-    with tempfile.TemporaryDirectory(dir=folder) as new:  # files appear whole or not at all
-        new = Path(new)
-        about = {"version": VERSION, "form": student.form, "alpha": args.alpha}
-        about["calibration"] = calibration.tolist()
-        torch.save(about | {"weights": student.state_dict()}, new / "student.pt")
-        del student.d  # scoring takes the generator alone
-        batch = {0: torch.export.Dim.AUTO}  # of any size
-        net = torch.export.export(student, (task.x[:2].cpu(),), dynamic_shapes=(batch,))
-        torch.export.save(net, new / "student.pt2", extra_files={"about.json": json.dumps(about)})
-        (new / "result.json").write_text(json.dumps(result, indent=1))
-        (folder / "result.json").unlink(missing_ok=True)  # the mark of a whole run: last to come
-        for name in ("student.pt", "student.pt2", "result.json"):
-            (new / name).replace(folder / name)
-    print(f"next: python pkdgan.py --alpha {args.alpha} --score '{folder}/student.pt' IMAGES")
+# -------------------------------------------------------------------------------------------- files
+def describe(options, settings, task):
+    """What a run is: runs of one description have one result."""
+    return {
+        "version": VERSION,
+        "dataset": options.dataset,
+        "source": task.source,
+        "normal": task.normal,
+        "seed": settings.seed,
+        "size": options.size,
+        "holdout": options.holdout,
+        "fingerprint": task.fingerprint,
+        "settings": asdict(settings),
+    }
 
 
-def load_gan(path):
-    """(GAN, its calibration scores) of a student.pt, on the CPU. Raises OSError."""
+def differences(one, other):
+    """["name VALUE, not VALUE"] of what differs between two dicts, and between dicts in them."""
+    found = []
+    for name in one | other:
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b)
+        elif a != b:
+            found.append(f"{name} {a}, not {b}")
+    return found
+
+
+def read_result(file):
+    """The content of a result.json; None, and a line on stderr, if it is no run's."""
     try:
-        saved = torch.load(path, weights_only=True)
-        gan = GAN(*saved["form"])
-        gan.load_state_dict(saved["weights"])
-        if saved["version"] != VERSION:
-            raise ValueError("of another version")
-    except Exception as error:  # torch raises all sorts on what is foreign
-        raise OSError(f"{path} is no whole student.pt ({error!r:.80})") from error
-    return gan, torch.tensor(saved["calibration"])
+        result = json.loads(file.read_text())
+        if not {"version", "settings", "source", "normal", "seed", "auroc"} <= result.keys():
+            raise ValueError("it is of no run")
+        return result
+    except (OSError, ValueError, AttributeError) as error:
+        note(f"{file} cannot be read ({error})")
 
 
-def score_files(args):
-    """Print a line for each image file, in folders too: path, score, p-value and verdict, "anomaly"
-    if p <= args.alpha, "?" if too few were held out to tell. Raises OSError."""
-    gan, calibration = load_gan(args.score[0])
-    size, channels, *_ = gan.form
-    few = args.alpha * (1 + len(calibration)) < 1
-    if few:
-        note(f"no verdicts: --alpha {args.alpha} needs more than the {len(calibration)} held out")
+def claim_folder(folder, run):
+    """Make the folder of a run, and see that it takes files. run: the run's describe(). Raises
+    ValueError if the folder has the result of another run, OSError if it takes no files."""
+    before = read_result(folder / "result.json") if (folder / "result.json").exists() else None
+    if before is not None:
+        found = differences(run, {name: before.get(name) for name in run})
+        if found:
+            raise ValueError(f"{folder} has another run ({'; '.join(found)}): name another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{folder} takes no files ({error}): name another --out") from error
+
+
+def save(folder, nets, scores, detector, task, description, result):
+    """Write the files of a run, whole or not at all. Raises OSError."""
+    with tempfile.TemporaryDirectory(dir=folder) as new:
+        new = Path(new)
+        weights = {}
+        for name, gan in nets.items():
+            weights[name] = {key: value.cpu() for key, value in gan.state_dict().items()}
+        saved = description | {"file": "nets.pt", "channels": task.x.shape[1], "nets": weights}
+        saved |= {"test_scores": scores, "test_labels": task.y_test}
+        with open(new / "nets.pt", "wb") as file:
+            torch.save(saved, file)
+
+        config = {"size": detector.size, "channels": detector.channels}
+        config |= {"held_out": detector.held_out, "z_dim": description["settings"]["z_dim"]}
+        config |= {"width": description["settings"]["student_width"]}
+        saved = {"file": "student.pt", "version": VERSION, "config": config}
+        with open(new / "student.pt", "wb") as file:
+            torch.save(saved | {"weights": detector.state_dict()}, file)
+
+        batch = {0: torch.export.Dim.DYNAMIC}  # any number of images
+        example = torch.zeros(2, *task.x.shape[1:])
+        program = torch.export.export(detector, (example,), dynamic_shapes=(batch,))
+        with open(new / "student.pt2", "wb") as file:
+            torch.export.save(program, file, extra_files={"config.json": json.dumps(config)})
+
+        with open(new / "samples.png", "wb") as file:
+            draw_samples(nets, task).save(file, format="png")
+        (new / "result.json").write_text(json.dumps(result, indent=1))
+
+        (folder / "result.json").unlink(missing_ok=True)  # it is the mark of a whole run, and so
+        for name in FILES:  # the first to go and the last to come
+            (new / name).replace(folder / name)
+
+
+def load_file(path, name):
+    """The content of a run's file nets.pt or student.pt. Raises OSError for anything else."""
+    if Path(path).suffix == ".pt2":
+        raise OSError(f"{path} is for torch.export.load(): here, name the {name} beside it")
+    try:
+        with open(path, "rb") as file:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+        if saved["file"] != name or saved["version"] != VERSION:
+            raise ValueError(f"it is a {saved['file']} of version {saved['version']}")
+    except Exception as error:  # torch raises exceptions of many kinds on what is foreign
+        raise OSError(f"{path} is no {name} of version {VERSION} ({error!r:.80})") from error
+    return saved
+
+
+def load_nets(path):
+    """The GANs in a nets.pt, named as by train_stages(), on the CPU; and a dict of what else is in
+    there: the run's describe(), test_scores and test_labels. Raises OSError."""
+    saved = load_file(path, "nets.pt")
+    settings = Settings(**saved["settings"])
+    nets = {}
+    for name, weights in saved.pop("nets").items():
+        width = settings.student_width
+        if name in ("teacher", "teacher_step2"):
+            width = settings.teacher_width
+        nets[name] = GAN(saved["size"], saved["channels"], width, settings.z_dim)
+        nets[name].load_state_dict(weights)
+    return nets, saved
+
+
+def load_detector(path):
+    """The Detector in a student.pt, on the CPU. Raises OSError."""
+    saved = load_file(path, "student.pt")
+    detector = Detector(**saved["config"])
+    detector.load_state_dict(saved["weights"])
+    return detector
+
+
+def load_teacher(place, name, task, settings):
+    """The teacher of an earlier run, and the Settings of that run. place: its nets.pt, its folder,
+    or a folder that has the run's folder, called name. Raises ValueError if it was trained on other
+    images or has another size than task and settings ask for, OSError."""
+    file = Path(place)
+    if (file / name).is_dir():
+        file = file / name
+    if file.is_dir():
+        file = file / "nets.pt"
+    nets, saved = load_nets(file)
+    its_settings = Settings(**saved["settings"])
+    its = {"normal": saved["normal"], "size": saved["size"], "images": saved["fingerprint"]}
+    its |= {"teacher_width": its_settings.teacher_width, "z_dim": its_settings.z_dim}
+    ours = {"normal": task.normal, "size": task.x.shape[3], "images": task.fingerprint}
+    ours |= {"teacher_width": settings.teacher_width, "z_dim": settings.z_dim}
+    found = differences(its, ours)
+    if found:
+        raise ValueError(f"{file} has another teacher: {'; '.join(found)}")
+    return nets["teacher"], its_settings
+
+
+# ----------------------------------------------------------------------------------------- program
+def run(options, settings):
+    """Train, evaluate, print and save. Raises as load_task(), claim_folder() and train_stages()."""
+    task = load_task(options)
+    name = f"{task.source}-{options.normal}-seed{settings.seed}".replace("/", "-")
+    folder = Path(options.out or f"runs/{name}")
+    teacher, stages = None, STAGES
+    if options.teacher:
+        teacher, its = load_teacher(options.teacher, name, task, settings)
+        teacher.to(options.device)
+        settings = replace(settings, teacher_updates=its.teacher_updates, lr_teacher=its.lr_teacher)
+        stages = STAGES[1:]
+    description = describe(options, settings, task)
+    claim_folder(folder, description)
+
+    n, held_out = len(task.x), len(task.x_held)
+    print(f"{n + held_out} images of {task.normal}: {n} images, {held_out} held out", end="; ")
+    print(f"{len(task.kinds)} test images; on {options.device}, into {folder}")
+    began = monotonic()
+    progress = Progress(task, stages)
+    nets = train_stages(task.x, settings, progress.report, teacher)
+    scores = {stage: score(nets[stage], task.x_test).cpu() for stage in STAGES}
+    detector = make_detector(nets["step2"], task.x, task.x_held, settings)
+    result = description | evaluate(nets, scores, detector, task, options)
+    result |= {"seconds": monotonic() - began, "curve": progress.curve}
+    print_result(result)
+    save(folder, nets, scores, detector, task, description, result)
+    print(f"next: python pkdgan.py --score '{folder}/student.pt' --alpha {options.alpha} IMAGES")
+
+
+def score_images(student, paths, alpha):
+    """Print path, score, p-value and verdict of image files, also of those in folders. The verdict
+    is "anomaly" if p <= alpha, else "-"; "?" if too few images were held out to tell. Returns the
+    exit code: 1 if a file could not be read, else 0. Raises OSError."""
+    detector, failed = load_detector(student), 0
+    enough = detector.held_out >= needed_for(alpha)
+    if not enough:
+        note(too_few(alpha, detector.held_out))
     files = []
-    for path in args.score[1:]:
+    for path in paths:
         files += image_files(path) if os.path.isdir(path) else [path]
     if not files:
-        raise OSError("no images to score")
+        raise OSError("no images to score: name files or folders")
     print("path\tscore\tp-value\tverdict")
     for file in files:
-        x = read_image(file, size)[None] / 127.5 - 1
-        value = score(gan, x if channels == 3 else x.mean(1, keepdim=True))
-        p = p_values(value, calibration).item()
-        verdict = "?" if few else "anomaly" if p <= args.alpha else "-"
-        print(f"{file}\t{value.item():.4g}\t{p:.4g}\t{verdict}")
+        try:
+            x = read_image(file, detector.size)[None] / 127.5 - 1
+        except OSError as error:
+            note(error)
+            failed = 1
+            continue
+        if detector.channels == 1:
+            x = x.mean(1, keepdim=True)
+        scores, p_values = detector(x)
+        p = p_values.item()
+        verdict = "-"
+        if not enough:
+            verdict = "?"
+        elif p <= alpha:
+            verdict = "anomaly"
+        print(f"{file}\t{scores.item():.4g}\t{p:.4g}\t{verdict}")
+    return failed
 
 
-# ------------------------------------------------------------------------------------- command line
+def table_title(result):
+    """The title of a run's table: its data, and the settings that differ from the data set's own.
+    Runs with equal titles differ in class and seed alone."""
+    own = asdict(EXPERIMENTS[result["dataset"]]) | {"size": 32, "holdout": 0.0, "version": VERSION}
+    if result["dataset"] == "folder":
+        own["holdout"] = HOLDOUT_OF_A_FOLDER
+    its = dict(result["settings"])
+    for name in ("size", "holdout", "version"):
+        its[name] = result[name]
+    its["seed"] = own["seed"]
+    changed = [f"{name} {its[name]}" for name in its if its[name] != own.get(name)]
+    return ", ".join([result["source"], *changed])
+
+
+def print_tables(folder):
+    """Print the results in a folder, at any depth, as tables in Markdown: a table for each set of
+    settings, a row for each class, the mean over its seeds ± their standard deviation, and n. The
+    last row has the mean over classes, of the seeds that have all of them. Raises OSError."""
+    tables = {}  # {title: {class: {seed: {column: AUROC}}}}
+    for file in sorted(Path(folder).rglob("result.json")):
+        result = read_result(file)
+        if result is None or not result["auroc"]:
+            continue
+        figures = dict(result["auroc"])
+        figures["detector"], figures["PCA"] = result["auroc_detector"], result["baselines"]["pca"]
+        rows = tables.setdefault(table_title(result), {})
+        rows.setdefault(result["normal"], {})[result["seed"]] = figures
+    if not tables:
+        raise OSError(f"no results with an AUROC in {folder}")
+    columns = [*STAGES, "gain", "detector", "PCA"]
+    for title, rows in tables.items():
+        print(f"\n{title}\n\n| class | {' | '.join(columns)} | n |")
+        print("|---" * (len(columns) + 2) + "|")
+        for kind in sorted(rows):
+            print_row(kind, columns, list(rows[kind].values()))
+        means = []
+        for seed in set.intersection(*[set(seeds) for seeds in rows.values()]):
+            figures = [seeds[seed] for seeds in rows.values()]
+            means.append({c: statistics.mean(figure[c] for figure in figures) for c in columns})
+        print_row(f"mean of {len(rows)}", columns, means)
+
+
+def print_row(name, columns, runs):
+    """Print a row of a table in Markdown: mean ± standard deviation over runs {column: value}."""
+    cells = []
+    for column in columns:
+        values = [figures[column] for figures in runs]
+        cell = f"{statistics.mean(values):.2f}" if values else "-"
+        if len(values) > 1:
+            cell += f" ± {statistics.stdev(values):.2f}"
+        cells.append(cell)
+    print(f"| {name} | {' | '.join(cells)} | {len(runs)} |")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message):
+        """Exit with 2."""
+        self.exit(2, f"pkdgan.py: {message}\n")
+
+
+def add_flags(group, values):
+    """Give a parser a flag for each field of Options or Settings; values has their defaults."""
+    for item in fields(values):
+        default = getattr(values, item.name)
+        group.add_argument(
+            f"--{item.name.replace('_', '-')}",
+            type=item.type,
+            default=default,
+            choices=item.metadata["choices"],
+            metavar="N" if item.type in (int, float) and not item.metadata["choices"] else None,
+            help=f"{item.metadata['text']} ({default})" if default != "" else item.metadata["text"],
+        )
+
+
+def taken_from(args, values, parser):
+    """Options or Settings with the values in args. Exits with 2 if one is out of its range."""
+    found = {}
+    for item in fields(values):
+        found[item.name] = value = getattr(args, item.name)
+        low, high = item.metadata["low"], item.metadata["high"]
+        if item.type is not str and not low <= value < high:
+            parser.error(f"--{item.name.replace('_', '-')} {value} is not in {low} to {high}")
+    return replace(values, **found)
+
+
 def parse(argv):
-    """Settings (a namespace) from a command line. Bad usage exits with 2."""
-    parser = argparse.ArgumentParser("pkdgan.py", usage=argparse.SUPPRESS, allow_abbrev=False)
-    parser.epilog = f"Other defaults of data sets: {PER_DATASET}"
-    parser.add_argument("--score", nargs="+", help="STUDENT.PT, then images and folders to score")
-    parser.add_argument("--table", help="a folder of runs: print its results as Markdown tables")
-    parser.add_argument("--skip-finished", action="store_true", help="make no run a second time")
-    rows = rows_of(PROGRAM + METHOD)
-    for name, default, span, text in rows:
-        kind, flag = type(default), f"--{name.replace('_', '-')}"
-        words = [*map(kind, span.split("|"))] if "|" in span else None
-        what = f"{text} ({default})"
-        parser.add_argument(flag, type=kind, choices=words, default=default, help=what)
-    args = parser.parse_args([*PER_DATASET[parser.parse_args(argv).dataset].split(), *argv])
-    for name, _, span, _ in rows:
-        low, dots, high = span.partition("..")
-        if dots and not float(low) <= getattr(args, name) < float(high):
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not in {span}")
-    args.data = os.path.abspath(args.data)  # one folder has one name
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return args
+    """What a command line says: its arguments, and the Options and Settings of a run. Flags that it
+    does not have keep the values of its data set, which --help shows. Bad usage exits with 2."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", choices=EXPERIMENTS, default="digits")
+    dataset = first.parse_known_args(argv)[0].dataset
+    options, settings = Options(dataset), EXPERIMENTS[dataset]
+    if dataset == "folder":
+        options.holdout = HOLDOUT_OF_A_FOLDER
+    parser = Parser(
+        usage="python pkdgan.py [FLAGS] [IMAGES]",
+        description=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    instead = parser.add_argument_group("instead of training")
+    instead.add_argument("--score", metavar="STUDENT.PT", help="score IMAGES: files and folders")
+    instead.add_argument("images", metavar="IMAGES", nargs="*", help="of --score")
+    instead.add_argument("--table", metavar="FOLDER", help="print the results of a folder of runs")
+    add_flags(parser.add_argument_group("a run"), options)
+    add_flags(parser.add_argument_group(f"the method, with the values of {dataset}"), settings)
+    args = parser.parse_intermixed_args(argv)
+    if args.images and args.score is None:
+        parser.error(f"{args.images[0]}: images are for --score STUDENT.PT")
+    options, settings = taken_from(args, options, parser), taken_from(args, settings, parser)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return args, options, settings
 
 
 def note(message):
-    """A line on stderr."""
+    """Print a line on stderr."""
     print(f"pkdgan.py: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def main(argv):
-    """The program. Returns its exit code: None if all went well, 1 failure, 2 usage, 130 Ctrl-C."""
-    args = parse(argv)
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # any name; at once
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
+    """The program. Returns its exit code: 0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C."""
+    args, options, settings = parse(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     warnings.simplefilter("ignore")  # of libraries
+    torch.backends.cudnn.allow_tf32 = False  # float32 on CUDA, too, as on a CPU
     if "OMP_NUM_THREADS" not in os.environ:  # more are hardly faster, and wait for one another
         torch.set_num_threads(1)
     try:
-        (print_tables if args.table else score_files if args.score else run)(args)
-    except BrokenPipeError:  # "| head" has seen enough; sys.exit() would try to write again
-        os._exit(1)
+        if args.table is not None:
+            print_tables(args.table)
+        elif args.score is not None:
+            return score_images(args.score, args.images, options.alpha)
+        else:
+            run(options, settings)
+    except BrokenPipeError:  # "| head" has seen enough
+        os._exit(1)  # sys.exit() would try to write again
     except KeyboardInterrupt:
-        note("interrupted; no result is half-written")
+        note("interrupted; nothing is half-written")
         return 130
-    except Exception as error:
-        if sys.flags.dev_mode:  # python -X dev
-            raise
+    except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
         note(error)
         return 2 if isinstance(error, ValueError) else 1
+    return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up as Ctrl-C does
     sys.exit(main(sys.argv[1:]))

@@ -19,7 +19,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,15 +38,23 @@ from torchvision.transforms import functional as TF
 import pkdgan as pk
 
 HERE = Path(__file__).parent
-FAST = ["--size", "16", "--teacher-width", "4", "--student-width", "2", "--epoch-images", "40"]
-FAST += ["--epochs", "2", "--epochs1", "2", "--epochs2", "1"]  # digits with these: seconds
+LENGTHS = ["--teacher-updates", "10", "--alone-updates", "14"]
+LENGTHS += ["--step1-updates", "10", "--step2-updates", "4"]
+NETS = ["--size", "16", "--teacher-width", "4", "--student-width", "2", "--batch", "16"]
+FAST = [*NETS, *LENGTHS]  # a run on digits with these takes seconds
+IDLE = [*NETS, "--teacher-updates", "0", "--alone-updates", "0"]
+IDLE += ["--step1-updates", "0", "--step2-updates", "0"]
 PYTHON = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 ENVIRONMENT = os.environ | {"PATH": PYTHON, "OMP_NUM_THREADS": "1"}
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-OWN = {"w_adv": 2.0, "w_con": 3.0, "w_lat": 5.0}
-KD = {"kd_inter": 100.0, "kd_latent": 50.0, "kd_adv": 10.0}
 torch.set_num_threads(1)  # these nets are too small for more
+
+SMALL = pk.Settings(teacher_width=4, student_width=2, z_dim=10, batch=4)
+SMALL = replace(SMALL, teacher_updates=6, alone_updates=9, step1_updates=6, step2_updates=3)
+SMALL = replace(SMALL, lr_teacher=3e-3, lr_student=2e-3, lr_step2_student=1e-3)
+SMALL = replace(SMALL, lr_step2_teacher=5e-4, w_adv=2.0, w_con=3.0, w_lat=5.0, w_own=0.7)
+SMALL = replace(SMALL, kd_inter=100.0, kd_latent=50.0, kd_adv=10.0)
 
 
 def tensor(*values):
@@ -65,22 +73,6 @@ def teacher_and_student():
 def images(n=4, size=16, channels=1, seed=0):
     rng = torch.Generator().manual_seed(seed)
     return torch.rand(n, channels, size, size, generator=rng) * 2 - 1
-
-
-def tiny_settings(**changes):
-    tiny = {"teacher_width": 4, "student_width": 2, "z_dim": 10, "batch": 4}
-    tiny |= {"epochs": 2, "epochs1": 2, "epochs2": 1} | OWN | KD
-    return SimpleNamespace(**vars(pk.DEFAULTS) | tiny | changes)
-
-
-def fit_gans(losses, data, rates, *, epochs=1, epoch_images=1, batch=4, seed=0, report=print):
-    order = {"epoch_images": epoch_images, "batch": batch, "seed": seed}
-    pk.fit(losses, data, rates, epochs=epochs, report=report, **order)
-
-
-def whitened(net, x):
-    pk.whiten(net, x)
-    return net
 
 
 def weights(net):
@@ -119,11 +111,9 @@ def background(request, tmp_path_factory):
 
 
 # ==================================================================================================
-# THE METHOD: losses, networks, one update, what a stage moves, the stages, the score
+# THE METHOD: losses, networks, an update, what each stage moves, the stages, the score
 # ==================================================================================================
 
-
-LEFT, RIGHT = tensor([1.0, 0.0]), tensor([0.0, 1.0])  # attention maps of one image
 BY_HAND = [
     (pk.discriminator_loss(tensor(0.0), tensor(0.0)), math.log(2)),
     (pk.discriminator_loss(tensor(3.0), tensor(0.0)), 0.3708673),
@@ -131,9 +121,9 @@ BY_HAND = [
     (pk.adversarial_loss(tensor(1.0, 2.0), tensor(1.0, 0.0)), 2),
     (pk.contextual_loss(tensor(1.0, -1.0), tensor(0.0, 1.0)), 1.5),
     (pk.latent_loss(tensor(1.0, 1.0), tensor(0.0, -1.0)), 2.5),
+    (pk.intermediate_distillation_loss(tensor(1.0), tensor(0.5)), 0.5),
     (pk.latent_distillation_loss(tensor(1.0), tensor(0.0), tensor(1.0), tensor(3.0)), 5),
     (pk.adversarial_distillation_loss(tensor(1.0, 2.0), tensor(0.0, 2.0)), 0.5),
-    (pk.intermediate_distillation_loss(LEFT, RIGHT, tensor(1.0), tensor(0.5)), 2.5),
 ]
 
 
@@ -142,105 +132,57 @@ def test_loss_by_hand(value, by_hand):
     assert value.item() == pytest.approx(by_hand, abs=1e-6)
 
 
-def test_attention_maps_by_hand():
-    h = tensor([[1.0, 2.0]], [[1.0, 0.0]])[None]  # one image, two channels of 1 x 2
-    q = tensor(1.0, 2.0) / 5**0.5
-    assert torch.allclose(pk.attention_maps([h]), q)
-    more = 7 * h.repeat(1, 3, 1, 1)  # neither the number of channels nor the scale counts
-    expected = torch.cat([q, q, torch.ones(1)]) / 3**0.5
-    assert torch.allclose(pk.attention_maps([h, more, torch.full((1, 1, 1, 1), 5.0)]), expected)
-
-
 def test_no_gradient_reaches_what_is_real_or_the_teachers():
     t, s = torch.ones(1, 2, requires_grad=True), torch.zeros(1, 2, requires_grad=True)
-    of_features = pk.adversarial_loss(t, s) + pk.adversarial_distillation_loss(t, s)
-    of_both = pk.latent_distillation_loss, pk.intermediate_distillation_loss
-    sum((loss(t, s, t, s) for loss in of_both), of_features).backward()
+    of_two = pk.adversarial_loss, pk.adversarial_distillation_loss
+    of_two += (pk.intermediate_distillation_loss,)
+    total = sum(loss(t, s) for loss in of_two) + pk.latent_distillation_loss(t, s, t, s)
+    total.backward()
     assert t.grad is None and s.grad is not None
     (teacher, student), x = teacher_and_student(), images()
-    out_t, out_s = teacher.g(x, attention=True), student.g(x, attention=True)
-    sum(pk.distillation_losses(student, out_t, out_s, **KD)).backward()
+    sum(pk.distillation_losses(student, teacher.g(x), student.g(x), SMALL)).backward()
     assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
 
 
 @pytest.mark.parametrize("size, channels", [(16, 1), (32, 3), (64, 1)])
 def test_shapes(size, channels):
     net, x = small_gan(3, size, channels), images(2, size, channels)
-    out, (logit, features) = net.g(x, attention=True), net.d(x)
+    out, (logit, features) = net.g(x), net.d(x)
     assert out.z.shape == out.z_hat.shape == (2, 10) and out.x_hat.shape == x.shape
-    halves = [size // 2 ** (i + 1) for i in range(int(math.log2(size)) - 2)]
-    hidden = net.g.encode(x)[1] + net.g.decode(out.z[..., None, None])[1]
-    assert [h.shape[2] for h in hidden] == halves + halves[::-1] and halves[-1] == 4
-    assert torch.equal(out.attention, pk.attention_maps(hidden)) and net.g(x).attention is None
     assert logit.shape == (2, 1) and out.x_hat.abs().max() <= 1
-    assert features[-1].shape == (2, pk.block_widths(size, 3)[-1], 4, 4)
+    assert features.shape == (2, pk.block_widths(size, 3)[-1], 4, 4)
     for code in (out.z, out.z_hat):
         assert torch.allclose(code.norm(dim=1), torch.tensor(10.0).sqrt())
-    assert torch.allclose(pk.score(net, x), (out.z - out.z_hat).square().sum(1).sqrt())  # plain
+    assert torch.allclose(pk.score(net, x), (out.z - out.z_hat).square().sum(1).sqrt())
 
 
-def test_upsample_is_dcgans_transposed_convolution():
-    """But for initial weights: no pixel of a wide net is saturated, where tanh has no gradient."""
-    up, x = pk.upsample(3, 2), torch.randn(2, 3, 5, 5)
-    by_window = up[0].weight.view(2, 2, 2, 3, 2, 2)  # (c_out, sub-pixel, c_in, window), 2 x 2 each
-    kernel = by_window.permute(3, 0, 4, 1, 5, 2).flip(2, 4).reshape(3, 2, 4, 4)
-    expected = F.conv_transpose2d(x, kernel, stride=2, padding=1)
-    assert torch.allclose(up(x), expected, atol=1e-6)
-    assert (small_gan(128, 32).g(images(8, 32)).x_hat.abs() > 0.99).float().mean() < 1e-3
+def test_channels_double_up_to_eight_times_the_width():
+    assert pk.block_widths(16, 5) == [5, 10]
+    assert pk.block_widths(256, 2) == [2, 4, 8, 16, 16, 16]
 
 
-def test_norm_is_that_of_a_batch_of_one():
-    norms = [m for m in small_gan().modules() if isinstance(m, torch.nn.GroupNorm)]
+def test_norm_is_that_of_a_batch_of_one_and_its_mode_changes_nothing():
+    norms = [m for m in small_gan().modules() if isinstance(m, torch.nn.InstanceNorm2d)]
     assert len(norms) == 5  # two blocks a net, less those at images
     for norm in norms:
-        x = torch.randn(3, norm.num_channels, 4, 4)
+        x = torch.randn(3, norm.num_features, 4, 4)
         alone = [F.batch_norm(image[None], None, None, training=True) for image in x]
         assert torch.allclose(norm(x), torch.cat(alone), atol=1e-5)
-
-
-def test_training_computes_convolutions_alone_in_bfloat16():
-    """And that only where a device has it; losses and scores are float32."""
-    net, x, seen = small_gan(), images(2), []
-
-    def losses(net, x):
-        seen.extend([net.g.encode(x), net.g(x, attention=True), net.d(x)])
-        return pk.gan_losses(net, x, seen[1], **OWN)
-
-    fit_gans(losses, [x], {net: 1e-3})
-    (z, hidden), out, (logit, _) = seen
-    assert {t.dtype for t in (z, *out, logit, *net.g.encode(x)[1])} == {torch.float32}
-    assert hidden[0].dtype == (torch.bfloat16 if pk.native_bf16("cpu") else torch.float32)
-
-
-def test_gradients_of_a_weights_uses_are_summed_in_float32(monkeypatch):
-    """Also where both are computed in bfloat16: D sees real and fake images."""
-    monkeypatch.setattr(pk, "native_bf16", lambda kind: True)
-
-    def gradients(*parts):
-        def losses(net, x):
-            g = 0 * sum(p.sum() for p in net.g.parameters())
-            return sum(net.d(x[part])[0].square().mean() for part in parts), g
-
-        net = small_gan()
-        fit_gans(losses, [images(8)], {net: 0.0}, batch=8)
-        return [p.grad for p in net.d.parameters()]
-
-    real, fake, both = gradients([0, 1, 2]), gradients([3, 4]), gradients([0, 1, 2], [3, 4])
-    assert all(torch.equal(a + b, c) for a, b, c in zip(real, fake, both, strict=True))
+        assert torch.equal(norm.eval()(x), norm.train()(x)) and norm.affine
+        assert not [*norm.buffers()]
 
 
 # -------------------------------------------------------------------------------------- one update
 
 
-def one_cycle(peak, update, updates):
-    """The learning rate of an update, the first is 0: from peak / 25 up to the peak during the
-    first 15 %, then down to almost nothing, on halves of a cosine."""
-    top = 0.15 * updates - 1
-    if update <= top:
-        start, end, way = peak / 25, peak, update / top
-    else:
-        start, end, way = peak, peak / 25e4, (update - top) / (updates - 1 - top)
-    return end + (start - end) * (1 + math.cos(math.pi * way)) / 2
+def naive_rate(peak, update, updates):
+    """The learning rate of an update, the first is 0: up to the peak in a straight line during the
+    first 15 %, then down on half a cosine; as it is in the middle of the update."""
+    done = (update + 0.5) / updates
+    warm_up = done / 0.15
+    cosine = 0.5 + 0.5 * math.cos((done - 0.15) / (1 - 0.15) * math.pi)
+    return peak * min(warm_up, cosine) if done < 0.15 else peak * cosine
 
 
 def naive_discriminator_loss(d, real, fake):
@@ -251,39 +193,40 @@ def naive_discriminator_loss(d, real, fake):
 
 
 def naive_generator_loss(gan, x, out):
-    """L_G with OWN's weights."""
-    feature, feature_hat = gan.d(x)[1][-1].detach(), gan.d(out.x_hat)[1][-1]
+    """L_G with SMALL's weights."""
+    feature, feature_hat = gan.d(x)[1].detach(), gan.d(out.x_hat)[1]
     adv = ((feature - feature_hat) ** 2).mean()
     return 2 * adv + 3 * (x - out.x_hat).abs().mean() + 5 * ((out.z - out.z_hat) ** 2).mean()
 
 
 def naive_distillation_loss(d, out_t, out_s):
-    """L_KD with KD's weights; everything of the teacher's is detached."""
-    z, x_hat, z_hat, attention = (value.detach() for value in out_t)
-    inter = ((attention - out_s.attention) ** 2).sum(1).mean() + (x_hat - out_s.x_hat).abs().mean()
+    """L_KD with SMALL's weights; everything of the teacher's is detached."""
+    z, x_hat, z_hat = (value.detach() for value in out_t)
+    inter = (x_hat - out_s.x_hat).abs().mean()
     latent = ((z - out_s.z) ** 2).mean() + ((z_hat - out_s.z_hat) ** 2).mean()
-    feature_t, feature_s = d(x_hat)[1][-1].detach(), d(out_s.x_hat)[1][-1]
+    feature_t, feature_s = d(x_hat)[1].detach(), d(out_s.x_hat)[1]
     return 100 * inter + 50 * latent + 10 * ((feature_t - feature_s) ** 2).mean()
 
 
-def naive_training(stage, teacher, student, x, rate_t, rate_s):
+def naive_training(stage, teacher, student, x, rate_t, rate_s, w_own=0.7):
     """An epoch as one would write it from the equations: an Adam for the discriminators, one for
     the generators, and both losses are known before either moves."""
     moving = [(student, rate_s), (teacher, rate_t)] if stage == "step 2" else [(student, rate_s)]
     d_groups = [{"params": gan.d.parameters(), "peak": rate} for gan, rate in moving]
     g_groups = [{"params": gan.g.parameters(), "peak": rate} for gan, rate in moving]
     adams = [torch.optim.Adam(groups, betas=(0.5, 0.999)) for groups in (d_groups, g_groups)]
-    torch.manual_seed(1)  # seed 0, epoch 1
-    parts = torch.randperm(len(x)).split(4)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    parts = order.split(4)
     for update, indices in enumerate(parts):
         part, loss_d, loss_g = x[indices], 0, 0
-        out_t, out_s = teacher.g(part, attention=True), student.g(part, attention=True)
+        out_t, out_s = teacher.g(part), student.g(part)
         if stage != "alone":
             loss_d = 10 * naive_discriminator_loss(student.d, out_t.x_hat, out_s.x_hat)
             loss_g = naive_distillation_loss(student.d, out_t, out_s)
         if stage != "step 1":
-            loss_d = loss_d + naive_discriminator_loss(student.d, part, out_s.x_hat)
-            loss_g = loss_g + naive_generator_loss(student, part, out_s)
+            w = 1 if stage == "alone" else w_own
+            loss_d = loss_d + w * naive_discriminator_loss(student.d, part, out_s.x_hat)
+            loss_g = loss_g + w * naive_generator_loss(student, part, out_s)
         if stage == "step 2":
             loss_d = loss_d + naive_discriminator_loss(teacher.d, part, out_t.x_hat)
             loss_g = loss_g + naive_generator_loss(teacher, part, out_t)
@@ -292,155 +235,198 @@ def naive_training(stage, teacher, student, x, rate_t, rate_s):
             loss.backward(inputs=[p for group in adam.param_groups for p in group["params"]])
         for adam in adams:
             for group in adam.param_groups:
-                group["lr"] = one_cycle(group["peak"], update, len(parts))
+                group["lr"] = naive_rate(group["peak"], update, len(parts))
             adam.step()
-
-
-def of_frozen(teacher, x):
-    with torch.no_grad():
-        return teacher.g(x, attention=True)
 
 
 @pytest.mark.parametrize("updates", [1, 20])
 @pytest.mark.parametrize("stage", ["alone", "step 1", "step 2"])
-def test_a_naive_update_gives_the_same_weights(stage, updates, monkeypatch):
-    """fit() and its stages against naive_training(). Alone, an update is the last of its schedule,
-    the rate of which is 1 / 250,000 of the peak."""
-    monkeypatch.setattr(pk, "native_bf16", lambda kind: False)
-    scale = 250_000 if updates == 1 else 1
-    x, rate_t, rate_s = images(4 * updates), 1e-3 * scale, 2e-3 * scale
-    (teacher, student), (t, s) = teacher_and_student(), teacher_and_student()
-    rates = {student: rate_s, teacher: rate_t} if stage == "step 2" else {student: rate_s}
-    losses = {"alone": partial(pk.gan_losses, **OWN)}
-    losses["step 1"] = partial(pk.step1_losses, KD)
-    losses["step 2"] = partial(pk.step2_losses, OWN, KD)
-    data = [x, *of_frozen(teacher, x)] if stage == "step 1" else [x]
-    fit_gans(losses[stage], data, rates)
-    before = weights(t), weights(s)
-    naive_training(stage, t, s, x, rate_t, rate_s)
-    assert close(weights(teacher), weights(t)) and close(weights(student), weights(s))
+def test_a_naive_update_gives_the_same_weights(stage, updates):
+    """The stages against naive_training(). A stage of a single update learns, too."""
+    x, rate_t, rate_s = images(4 * updates), 1e-3, 2e-3
+    lengths = {"step1_updates": updates, "step2_updates": updates}
+    s = replace(SMALL, **lengths, lr_student=rate_s, lr_step2_student=rate_s)
+    s = replace(s, lr_step2_teacher=rate_t)
+    (teacher, student), (t, naive) = teacher_and_student(), teacher_and_student()
+    before = weights(t), weights(naive)
+    if stage == "alone":
+        pk.train_gan("student_alone", student, x, rate_s, updates, s)
+    elif stage == "step 1":
+        pk.train_step1(student, teacher, x, s)
+    else:
+        pk.train_step2(student, teacher, x, s)
+    naive_training(stage, t, naive, x, rate_t, rate_s)
+    assert close(weights(teacher), weights(t)) and close(weights(student), weights(naive))
     assert not close(before[1], weights(student))
     assert same(before[0], weights(teacher)) != (stage == "step 2")  # bit by bit, buffers, too
     assert all(p.grad is None for p in teacher.parameters()) != (stage == "step 2")
 
 
-# ---------------------------------------------------------------------------------- fit and stages
+def test_single_step_structures_are_step_2_with_other_arguments():
+    """At a rate of 0 the teacher stays as it is, bit by bit; with w_own = 0, too, step 2 is step 1."""
+    x = images(40)
+    s = replace(SMALL, step1_updates=10, step2_updates=10, lr_student=1e-3, lr_step2_teacher=0.0)
+    for w_own in (0.0, 0.7):
+        (teacher, student), (t, by_hand) = teacher_and_student(), teacher_and_student()
+        pk.train_step2(student, teacher, x, replace(s, w_own=w_own))
+        assert same(weights(teacher), weights(small_gan(4)))
+        naive_training("step 2", t, by_hand, x, 0.0, 1e-3, w_own)
+        assert close(weights(student), weights(by_hand))
+        alike, again = small_gan(2), small_gan(4)
+        pk.train_step1(alike, again, x, s)
+        assert close(weights(student), weights(alike)) == (w_own == 0)
 
 
-def test_an_epoch_is_every_image_once_in_an_order_of_seed_and_epoch():
-    x, net = torch.arange(10), small_gan(1)
-
-    def shown(**how):
-        found = []  # all images of an otherwise idle fit(), in order
-
-        def losses(net, part, same):
-            assert torch.equal(part, same)  # rows of whatever data there is stay together
-            found.extend(part.tolist())
-            return [0 * sum(p.sum() for p in part.parameters()) for part in (net.d, net.g)]
-
-        fit_gans(losses, [x, x.clone()], {net: 0.0}, **how)
-        return found
-
-    first, both = shown(), shown(epochs=2)
-    assert both[:10] == first != both[10:] and shown(seed=1) != first
-    assert sorted(first) == sorted(both[10:]) == [*range(10)]
-    longer = shown(epoch_images=35, batch=64)  # few images make longer epochs
-    assert sorted(longer) == sorted([*range(10)] * 3)
+def test_rate_by_hand():
+    """Of ten updates, the first stands at 5 % of the way, the second at 15 %: at its peak."""
+    shares = [pk.share_of_peak_rate(update, 10) for update in range(10)]
+    assert shares[:2] == pytest.approx([1 / 3, 1])
+    assert shares[1:] == sorted(shares[1:], reverse=True) and 0 < shares[-1] < 0.01
+    assert 0.5 < pk.share_of_peak_rate(0, 1) < 0.7
 
 
-def test_fit_reports_mean_losses_and_stops_at_an_overflow():
-    net, reports, steps = small_gan(1), [], iter([1.0, 3.0, 5.0, math.inf])
+# ------------------------------------------------------------------------------- fit and the stages
 
-    def losses(net, x):
+
+def test_every_image_once_a_pass_and_every_batch_is_whole():
+    batches = pk.shuffled_batches(10, 8, replace(SMALL, batch=4))
+    assert [len(batch) for batch in batches] == [4] * 8
+    order = torch.cat(list(batches)).tolist()
+    passes = order[:10], order[10:20], order[20:30]
+    assert all(sorted(one) == [*range(10)] for one in passes) and passes[0] != passes[1]
+    state = torch.random.get_rng_state()
+    again = pk.shuffled_batches(10, 8, replace(SMALL, batch=4))
+    other = pk.shuffled_batches(10, 8, replace(SMALL, batch=4, seed=1))
+    assert torch.equal(
+        torch.cat(list(again)), tensor(*order)
+    )  # the seed decides, not torch's state
+    assert not torch.equal(torch.cat(list(other)), tensor(*order))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [len(batch) for batch in pk.shuffled_batches(3, 2, replace(SMALL, batch=8))] == [8, 8]
+
+
+def idle_losses(net, values):
+    """Losses for fit() that move nothing and have the values of an iterator."""
+
+    def losses(i):
         d, g = (0 * sum(p.sum() for p in part.parameters()) for part in (net.d, net.g))
-        value = next(steps)
+        value = next(values)
         return d + value, g + 2 * value
 
-    with pytest.raises(FloatingPointError, match="epoch 2"):
-        fit_gans(
-            losses, [images(8)], {net: 0.0}, epochs=2, report=lambda *what: reports.append(what)
-        )
-    assert reports == [(1, 2.0, 4.0)]
+    return losses
+
+
+@pytest.mark.parametrize("updates, told", [(20, [*range(2, 21, 2)]), (3, [1, 2, 3]), (0, [])])
+def test_fit_reports_ten_times(updates, told):
+    net, reports = small_gan(1), []
+    losses = idle_losses(net, iter(range(1, 100)))
+
+    def report(*what):
+        reports.append(what)
+
+    pk.fit("a stage", net, losses, [net], [0.0], updates, images(8), SMALL, report)
+    assert reports == [("a stage", net, k, updates, float(k), 2.0 * k) for k in told]
+
+
+def test_fit_stops_at_an_overflow():
+    net = small_gan(1)
+    losses = idle_losses(net, iter([1.0, math.inf, 1.0, 1.0]))
+    with pytest.raises(FloatingPointError, match="a stage.*learning rates"):
+        pk.fit("a stage", net, losses, [net], [0.0], 4, images(8), SMALL, None)
 
 
 def stages_by_hand(x, s):
-    """What train_stages() does, call by call, with rates as the header's table has them."""
-
-    def trained(losses, rates, epochs, *given):
-        fit_gans(losses, [x, *given], rates, epochs=epochs, seed=s.seed)
-
-    lr_t = 32 / 4 * s.lr_teacher  # inversely as the width, 4
+    """What train_stages() does, as the header's table has it, by naive_training()'s stages."""
     teacher, alone, step1 = (small_gan(width, seed=s.seed) for width in (4, 2, 2))
-    moving, step2 = small_gan(4), small_gan(2)
-    own = partial(pk.gan_losses, **OWN)
-    trained(own, {teacher: lr_t}, s.epochs)
-    trained(own, {alone: s.lr_student}, s.epochs1 + s.epochs2)
-    given = of_frozen(teacher, x)
-    trained(partial(pk.step1_losses, KD), {step1: s.lr_student}, s.epochs1, *given)
-    moving.load_state_dict(teacher.state_dict())  # copies: step 2 changes no earlier net
-    step2.load_state_dict(step1.state_dict())
-    rates = {step2: s.lr_step2 * s.lr_student, moving: s.lr_step2_teacher * lr_t}
-    trained(partial(pk.step2_losses, OWN, KD), rates, s.epochs2)
-    return {"teacher": teacher, "student_alone": alone, "step1": step1, "step2": step2}
+    pk.train_gan("teacher", teacher, x, s.lr_teacher, s.teacher_updates, s)
+    pk.train_gan("student_alone", alone, x, s.lr_student, s.alone_updates, s)
+    pk.train_step1(step1, teacher, x, s)
+    step2, teacher_step2 = small_gan(2), small_gan(4)
+    step2.load_state_dict(step1.state_dict())  # copies: step 2 changes no earlier net
+    teacher_step2.load_state_dict(teacher.state_dict())
+    pk.train_step2(step2, teacher_step2, x, s)
+    nets = {"teacher": teacher, "student_alone": alone, "step1": step1, "step2": step2}
+    return nets | {"teacher_step2": teacher_step2}
 
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_stages_are_those_of_the_table(seed):
-    x, s, reports = images(12), tiny_settings(seed=seed), []
-
-    nets = pk.train_stages(x, s, lambda stage, epoch, *_: reports.append((stage, epoch)))
+    x, s, reports = images(12), replace(SMALL, seed=seed), []
+    nets = pk.train_stages(x, s, lambda *what: reports.append(what))
     expected = stages_by_hand(x, s)
     assert list(nets) == list(expected)
     for stage in nets:
-        assert same(weights(nets[stage]), weights(whitened(expected[stage], x))), stage
-    epochs = {"teacher": 2, "student_alone": 3, "step1": 2, "step2": 1}
-    assert reports == [(stage, k) for stage, n in epochs.items() for k in range(1, n + 1)]
+        assert same(weights(nets[stage]), weights(expected[stage])), stage
+    ends = {stage: update for stage, net, update, updates, *_ in reports if update == updates}
+    assert ends == {"teacher": 6, "student_alone": 9, "step1": 6, "step2": 3}
+    assert all(net.g(x[:1]).x_hat.shape == (1, 1, 16, 16) for _, net, *_ in reports)
+
+
+def test_a_stage_that_is_skipped_changes_no_other():
+    """Neither a teacher that was trained before nor a student alone of no updates."""
+    x = images(12)
+    nets = pk.train_stages(x, SMALL)
+    kept = weights(nets["teacher"])
+    torch.manual_seed(5)
+    again = pk.train_stages(x, replace(SMALL, alone_updates=0), teacher=nets["teacher"])
+    for stage in ("teacher", "step1", "step2", "teacher_step2"):
+        assert same(weights(nets[stage]), weights(again[stage])), stage
+    assert same(kept, weights(nets["teacher"]))
+    assert same(weights(again["student_alone"]), weights(small_gan(2)))
 
 
 def test_what_the_frozen_teacher_makes_is_made_once_and_keeps_no_graph(monkeypatch):
-    seen, step1_losses = [], pk.step1_losses
+    seen, calls, losses = [], [], pk.distillation_losses
 
-    def spy(kd_weights, student, x, *of_teacher):
-        seen.append(of_teacher)
-        return step1_losses(kd_weights, student, x, *of_teacher)
+    def spy(student, out_t, out_s, settings):
+        seen.append(out_t)
+        return losses(student, out_t, out_s, settings)
 
-    monkeypatch.setattr(pk, "step1_losses", spy)
-    nets = pk.train_stages(x := images(12), tiny_settings(batch=12))
-    assert len(seen) == 2 and not any(field.requires_grad for made in seen for field in made)
-    torch.manual_seed(1)  # seed 0, epoch 1
-    expected = of_frozen(nets["teacher"], x[torch.randperm(12)])
-    for field, by_hand in zip(seen[0], expected, strict=True):
-        assert torch.allclose(field, by_hand, atol=1e-5)
+    monkeypatch.setattr(pk, "distillation_losses", spy)
+    (teacher, student), x = teacher_and_student(), images(12)
+    teacher.g.register_forward_hook(lambda *call: calls.append(1))
+    pk.train_step1(student, teacher, x, replace(SMALL, batch=12))
+    assert len(seen) == 6 and len(calls) == 1
+    assert not any(value.requires_grad for out_t in seen for value in out_t)
+    [first] = pk.shuffled_batches(12, 1, replace(SMALL, batch=12))
+    for value, by_hand in zip(seen[0], teacher.g(x[first]), strict=True):
+        assert torch.allclose(value, by_hand, atol=1e-5)
 
 
-def test_the_rival_is_a_step_2_of_fresh_nets():
-    """By flags alone: equal to fit() of step 2's losses on fresh nets at full rates, bit by bit."""
-    rival = {"epochs": 0, "epochs1": 0, "epochs2": 2, "lr_step2": 1, "lr_step2_teacher": 1}
-    rival |= {"teacher_width": 4, "student_width": 2, "z_dim": 10, "batch": 4} | OWN | KD
-    s = pk.parse([f"--{name.replace('_', '-')}={value}" for name, value in rival.items()])
-    x, (teacher, student) = images(12), teacher_and_student()
-    rates = {student: s.lr_student, teacher: 8 * s.lr_teacher}
-    fit_gans(partial(pk.step2_losses, OWN, KD), [x], rates, epochs=2)
-    nets = pk.train_stages(x, s)
-    assert same(weights(nets["step2"]), weights(whitened(student, x)))
-    assert same(weights(nets["teacher"]), weights(whitened(small_gan(4), x)))
+def flops(width, size, channels, z_dim):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net = pk.GAN(size, channels, width, z_dim)
+        net.d(net.g(torch.zeros(1, channels, size, size)).x_hat)
+    return counter.get_total_flops()
+
+
+PAPERS = [("cifar10", 24.45), ("mnist", 311.11), ("fmnist", 700), ("folder", 50), ("digits", 200)]
+
+
+@pytest.mark.parametrize("dataset, ratio", PAPERS)
+def test_experiments_are_fair_and_reach_the_papers_ratios(dataset, ratio):
+    s, channels = pk.EXPERIMENTS[dataset], 3 if dataset in ("cifar10", "folder") else 1
+    assert s.alone_updates == s.step1_updates + s.step2_updates
+    both = [flops(width, 32, channels, s.z_dim) for width in (s.teacher_width, s.student_width)]
+    assert both[0] / both[1] >= ratio
 
 
 @in_background
 def test_upper_half_pasted_alone_trains(tmp_path):
     """The method knows nothing of files, flags, pictures and printing."""
     method, *program = re.split("^# ====", (HERE / "pkdgan.py").read_text(), flags=re.MULTILINE)
-    assert len(program) == 1 and method.count("\n") <= 450
+    assert len(program) == 1
     assert not re.search(r"(import|from) +(argparse|torchvision|PIL|pathlib)", method)
     assert "print(" not in method and "open(" not in method
     (tmp_path / "method.py").write_text(method)
     code = f"""
 import sys
 sys.modules["torchvision"] = sys.modules["PIL"] = None
-import torch, method
-vars(method.DEFAULTS).update({vars(tiny_settings())})
-nets = method.train_stages(x := torch.rand(12, 1, 16, 16) * 2 - 1)
-assert " ".join(nets) == "teacher student_alone step1 step2" and nets["step2"](x).shape == (12,)
+import torch
+from method import Settings, score, train_stages
+nets = train_stages(x := torch.rand(12, 1, 16, 16) * 2 - 1, {SMALL})
+assert " ".join(nets) == "teacher student_alone step1 step2 teacher_step2"
+assert score(nets["step2"], x).shape == (12,)
 """
     done = python("-c", code, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -450,51 +436,91 @@ assert " ".join(nets) == "teacher student_alone step1 step2" and nets["step2"](x
 
 
 def test_score_depends_on_the_image_alone():
-    x, order = images(300), torch.randperm(300)
-    net = whitened(small_gan(), x)
+    net, x, order = small_gan(), images(300), torch.randperm(300)
     scores = pk.score(net.train(), x)
     assert torch.equal(scores, pk.score(net.eval(), x))  # there is nothing that the mode changes
-    assert scores.std() > 0 and scores.dtype == torch.float32
+    assert scores.std() > 0 and scores.dtype == torch.float32 and not scores.requires_grad
     assert torch.allclose(pk.score(net, x[order]), scores[order], rtol=1e-5)
     alone = torch.cat([pk.score(net, image[None]) for image in x[:20]])
     assert torch.allclose(alone, scores[:20], rtol=1e-5)
+    assert pk.score(net, x[:0]).shape == (0,)
 
 
-def test_whitened_score_is_the_mahalanobis_length_of_the_residual():
-    net, x = small_gan(), images(400)
-    r = pk.in_parts(net.residual, x).double()
+def test_parts_take_as_much_memory_at_any_size():
+    for size, at_a_time in ((16, 512), (32, 128), (128, 8), (512, 1)):
+        parts = pk.parts_of(torch.empty(1100 if size < 64 else 9, 3, size, size, device="meta"))
+        assert len(parts[0]) == at_a_time
+
+
+def test_auroc_is_in_percent_with_anomalies_high():
+    y = tensor(0, 0, 1, 1)
+    assert pk.auroc(tensor(1.0, 2.0, 3.0, 4.0), y) == 100
+    assert pk.auroc(tensor(1.0, 3.0, 2.0, 4.0), y) == 75
+    assert pk.auroc(tensor(1.0, 2.0, 3.0, 4.0), 1 - y) == 0
+    with pytest.raises(ValueError, match="NaN"):
+        pk.auroc(tensor(1.0, 2.0, math.nan, 4.0), y)
+
+
+def make_detector(x, x_held, width=2):
+    net = small_gan(width)
+    return net, pk.make_detector(net, x, x_held, SMALL)
+
+
+def test_detectors_score_is_the_mahalanobis_length_of_the_residual():
+    x = images(400)
+    net, detector = make_detector(x, images(0))
+    r = pk.residuals(net.g, x).double()
     m, inverse = r.mean(0), torch.linalg.inv(torch.cov(r.T, correction=0))
     by_hand = torch.stack([((v - m) @ inverse @ (v - m)).sqrt() for v in r])
-    scores = pk.score(whitened(net, x), x)
+    scores, p_values = detector(x)
     assert torch.allclose(scores.double(), by_hand, rtol=0.1)  # the covariance is shrunk a little
     assert torch.corrcoef(torch.stack([scores.double(), by_hand]))[0, 1] > 0.99
     assert scores.square().mean().item() == pytest.approx(10, rel=0.1)  # unit variance, z_dim 10
+    assert (p_values == 1).all() and pk.detect(detector, x[:0])[0].shape == (0,)
+    scores.numpy(), p_values.numpy()  # neither has a gradient
 
 
-def of_residuals(z_dim):
-    """Stands for a GAN whose residual of an "image" is the image, its m and W plain."""
-    net = SimpleNamespace(residual=lambda r: r, residual_mean=torch.zeros(z_dim))
-    net.residual_whitener, net.distance = torch.eye(z_dim), partial(pk.GAN.distance, net)
-    return net
-
-
-def test_whitening_of_directions_that_hardly_vary():
+def test_whitening_of_directions_that_hardly_vary(monkeypatch):
     r = torch.randn(4000, 256, generator=torch.Generator().manual_seed(0))
     r[:, 1:] *= 1e-3  # inverted in float32, such a covariance has no root
-    net = whitened(of_residuals(256), r)
-    spread = ((r - net.residual_mean) @ net.residual_whitener).std(0)[0]
+    monkeypatch.setattr(pk, "residuals", lambda generator, x: r)
+    net, s = pk.GAN(16, 1, 2, 256), replace(SMALL, z_dim=256)
+    detector = pk.make_detector(net, images(1), images(0), s)
+    spread = ((r - detector.mean) @ detector.whitener).std(0)[0]
     assert spread.item() == pytest.approx(1, abs=0.05) and spread.dtype == torch.float32
 
 
-def test_auroc_is_in_percent_with_anomalies_high_plain_and_whitened():
-    """Residuals of two numbers: the first is large on training images, too."""
-    rng, y = torch.Generator().manual_seed(0), tensor(0, 0, 1, 1)
-    net = whitened(of_residuals(2), torch.randn(1000, 2, generator=rng) * tensor(10.0, 0.1))
-    test = tensor([9.0, 0.0], [1.0, 0.0], [0.0, 2.0], [2.0, 1.0])
-    both = pk.auroc(test.norm(dim=1), y), pk.auroc(net.distance(test), y)
-    assert both == pytest.approx((50, 100)) and pk.auroc(net.distance(test), 1 - y) == 0
-    with pytest.raises(ValueError, match="NaN"):
-        pk.auroc(net.distance(test * math.nan), y)
+class Given(torch.nn.Module):
+    """Stands for a generator whose r = z - z_hat is the "image" itself."""
+
+    def forward(self, x):
+        return pk.Generated(x, None, torch.zeros_like(x))
+
+
+def of_scores(*held_out):
+    """A function that gives the p-values of scores, as a Detector with held-out scores does."""
+    detector = pk.Detector(16, 1, 2, 1, len(held_out))
+    detector.g = Given()
+    detector.held_out_scores.copy_(torch.tensor(held_out))
+    return lambda *scores: detector(torch.tensor(scores)[:, None])[1]
+
+
+def test_p_values_by_hand():
+    p = of_scores(1.0, 2.0, 2.0, 3.0)(0.0, 1.0, 1.5, 2.0, 3.0, 3.5)
+    assert p.tolist() == [1, 1, 4 / 5, 4 / 5, 2 / 5, 1 / 5]  # exact: p <= alpha is right at alpha
+    assert of_scores(1.0, 2.0, 3.0)(2.5) == 0.5 and of_scores()(7.0) == 1
+    ties = of_scores(*[2.0] * 99)  # rounded otherwise on another device
+    assert ties(2 + 2e-6, 2 + 2e-3).tolist() == [1, 0.01]
+
+
+def test_p_values_of_held_out_images_are_theirs():
+    """Each held-out image, seen again, has as many scores as high as its rank."""
+    x_held = images(30, seed=1)
+    _, detector = make_detector(images(100), x_held)
+    scores, p_values = detector(x_held)
+    ranks = (scores[:, None] <= scores[None]).sum(1)
+    assert torch.equal(p_values, (1 + ranks).double() / 31)
+    assert torch.equal(detector.held_out_scores, scores.sort().values)
 
 
 # ==================================================================================================
@@ -504,7 +530,7 @@ def test_auroc_is_in_percent_with_anomalies_high_plain_and_whitened():
 
 def exit_code(*flags):
     try:
-        return pk.main(flags) or 0
+        return pk.main([str(flag) for flag in flags])
     except SystemExit as end:  # argparse
         return end.code
 
@@ -514,26 +540,37 @@ def one_line(stderr):
     return stderr
 
 
-def test_settings_are_the_tables_rows():
-    rows = pk.rows_of('\nhead  default  range\n  a_b  1e-3  0..  what, "it" is\n  c  "x"  x|y  C\n')
-    assert [*map(tuple, rows)] == [("a_b", 1e-3, "0..", 'what, "it" is'), ("c", "x", "x|y", "C")]
-    args = pk.parse(["--dataset", "mnist", "--epochs", "0", "--holdout", "0", "--batch", "1"])
-    assert args.epochs == args.holdout == 0 and args.batch == 1  # the ends of ranges
-    assert f"--student-width {args.student_width} " in pk.PER_DATASET["mnist"] + " "
+@pytest.mark.parametrize("dataset", pk.EXPERIMENTS)
+def test_help_explains_every_flag_with_the_values_of_the_data_set(dataset, capsys):
+    assert exit_code("--dataset", dataset, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    _, options, settings = pk.parse(["--dataset", dataset])
+    assert settings == pk.EXPERIMENTS[dataset] and options.dataset == dataset
+    assert options.holdout == (0.2 if dataset == "folder" else 0)
+    for values in (options, settings):
+        for item in fields(values):
+            flag, value = item.name.replace("_", "-"), getattr(values, item.name)
+            assert f" --{flag} " in text and len(item.metadata["text"]) > 15
+            assert f"{item.metadata['text']} ({value})" in text or item.name in (
+                "device",
+                "out",
+                "teacher",
+            )
+    assert text.count("python pkdgan.py") == 4 and "--score" in text and "--table" in text
 
 
-def test_help_explains_every_flag_and_prints_its_default(capsys):
-    assert exit_code("--help") == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for name, default, _, what in pk.rows_of(pk.PROGRAM + pk.METHOD):
-        assert f" --{name.replace('_', '-')}" in text and len(what) > 15
-        assert f"{' '.join(what.split())} ({default})" in text
-    assert "--score" in text and "--table" in text and "'fmnist'" in text
+def test_flags_change_what_they_name():
+    words = "--dataset mnist --step2-updates 0 --holdout 0 --batch 1 --lr-student 1e-4 --seed 3"
+    _, options, settings = pk.parse(words.split())
+    changed = {"step2_updates": 0, "batch": 1, "lr_student": 1e-4, "seed": 3}
+    assert settings == replace(pk.EXPERIMENTS["mnist"], **changed)
+    assert options.holdout == 0 and pk.EXPERIMENTS["mnist"].batch == 64  # which is left alone
 
 
-OUT_OF_RANGE = """--epochs -1, --epochs1 -1, --batch 0, --batch 1.5, --z-dim 0, --teacher-width 0
---student-width -3, --epoch-images 0, --holdout 1, --holdout -0.1, --alpha 0, --alpha 1, --alpha nan
---lr-student -1, --lr-student inf, --lr-teacher nan, --w-adv nan, --seed -1, --seed x, --size 24"""
+OUT_OF_RANGE = """--step1-updates -1, --teacher-updates 1.5, --batch 0, --z-dim 1, --teacher-width 0
+--student-width -3, --holdout 1, --holdout -0.1, --alpha 0, --alpha 1, --alpha nan, --w-own inf
+--lr-student -1, --lr-student inf, --lr-teacher nan, --w-adv nan, --seed -1, --seed x, --size 24
+--dataset nosuch"""
 
 
 @pytest.mark.parametrize("words", re.split(r", |\n", OUT_OF_RANGE))
@@ -544,21 +581,10 @@ def test_a_value_out_of_range_gets_one_line_that_names_the_flag(words, capsys):
     assert flag in one_line(err) and value in err and out == ""
 
 
-def flops(width, size, channels, z_dim):
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net = pk.GAN(size, channels, width, z_dim)
-        net.d(net.g(torch.zeros(1, channels, size, size)).x_hat)
-    return counter.get_total_flops()
-
-
-PAPERS = [("cifar10", 24.45), ("mnist", 311.11), ("fmnist", 700), ("folder", 50)]
-
-
-@pytest.mark.parametrize("dataset, ratio", PAPERS)
-def test_default_widths_reach_the_papers_ratios(dataset, ratio):
-    s, channels = pk.parse(["--dataset", dataset]), 1 if "mnist" in dataset else 3
-    both = [flops(width, s.size, channels, s.z_dim) for width in (s.teacher_width, s.student_width)]
-    assert both[0] / both[1] >= ratio
+@pytest.mark.parametrize("flag", ["--teacher-wid", "--epochs", "--dat"])
+def test_an_unknown_flag_is_refused(flag, capsys):
+    """Flags are not guessed from their beginnings."""
+    assert exit_code(flag, "8") == 2 and flag in one_line(capsys.readouterr().err)
 
 
 def test_pca_knows_images_unlike_the_training_images():
@@ -573,23 +599,28 @@ def test_pca_knows_images_unlike_the_training_images():
 
 
 def task_of(*flags):
-    return pk.load_task(pk.parse([*FAST, *flags]))
+    return pk.load_task(pk.parse([*FAST, *map(str, flags)])[1])
 
 
 def test_training_set_is_the_normal_class_and_the_test_set_everything():
     """Held out are the last images: neighbours are often alike, such as photographs of one part. A
     random choice would hold out siblings of images that were trained on."""
-    args = pk.parse(FAST)
-    (x, names, classes), (x_test, kinds, _) = (pk.load_split(args, s) for s in ("train", "test"))
+    options = pk.parse(FAST)[1]
+    x, names, classes = pk.load_split(options, "train")
+    x_test, kinds, _ = pk.load_split(options, "test")
     assert x.shape == (1198, 1, 16, 16) and x_test.shape == (599, 1, 16, 16)
     every = x[[name == "7" for name in names]] / 127.5 - 1
-    for share, seed in (("0", "0"), ("0.1", "0"), ("0.5", "0"), ("0.5", "1")):
-        task = task_of("--normal", "7", "--holdout", share, "--seed", seed)
+    for share in (0, 0.1, 0.5):
+        task = task_of("--normal", "7", "--holdout", share)
         assert torch.equal(torch.cat([task.x, task.x_held]), every)
-        assert len(task.x_held) == math.ceil(float(share) * len(every))
-    assert task.normal == "7" and task.classes == classes == list("0123456789")
+        assert len(task.x_held) == math.ceil(share * len(every))
+    assert task.normal == "7" and classes == list("0123456789")
     assert torch.equal(task.x_test, x_test / 127.5 - 1) and task.x.dtype == torch.float32
     assert task.y_test == [kind != "7" for kind in kinds] and task.kinds == kinds
+    marks = [
+        task_of("--normal", n, "--holdout", h).fingerprint for n, h in ((7, 0), (7, 0.5), (8, 0))
+    ]
+    assert len(set(marks)) == 3 and marks[0] == task_of("--normal", "7", "--seed", 4).fingerprint
 
 
 CASES = [("mnist", "3"), ("fmnist", "Coat"), ("fmnist", "3"), ("cifar10", "Coat")]
@@ -597,7 +628,7 @@ CASES = [("mnist", "3"), ("fmnist", "Coat"), ("fmnist", "3"), ("cifar10", "Coat"
 
 @pytest.mark.parametrize("dataset, normal", CASES)
 def test_data_sets_of_torchvision(dataset, normal, monkeypatch):
-    """Classes by index or name; grey (N, h, w), colour (N, h, w, 3)."""
+    """Classes by number or name; grey (N, h, w), colour (N, h, w, 3)."""
     source = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
     colour = dataset == "cifar10"
     pixels = torch.randint(0, 256, (240, 32, 32, 3) if colour else (240, 28, 28)).byte()
@@ -612,34 +643,12 @@ def test_data_sets_of_torchvision(dataset, normal, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets, source, split)
     task = task_of("--dataset", dataset, "--normal", normal, "--size", "32")
-    assert task.normal == names[3] and task.classes == names
+    assert task.normal == names[3]
     assert task.y_test == [k != 3 for k in targets[120:]]
     assert task.kinds == [names[k] for k in targets[120:]]
     assert task.x.shape == (120 // len(names), 3 if colour else 1, 32, 32)
     expected = pixels[120:].permute(0, 3, 1, 2) / 127.5 - 1 if colour else None
     assert not colour or torch.equal(task.x_test, expected)
-
-
-def picture(seed, size=(24, 24), mode="RGB"):
-    n = size[0] * size[1] * len(mode)
-    return Image.frombytes(mode, size, random.Random(seed).randbytes(n))
-
-
-def make_folder(root, classes=("good", "scratch"), train=12, test=3, trained=1):
-    """MVTec AD's layout: train has the first class or classes, test has all."""
-    for split, names, count in (("train", classes[:trained], train), ("test", classes, test)):
-        for name in names if count else ():
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                picture(f"{split}/{name}/{i}").save(root / split / name / f"{i:02}.png")
-    return root
-
-
-FOLDER = ["--dataset", "folder", "--data"]
-
-
-def folder_task(root, normal="good", holdout="0"):
-    return task_of(*FOLDER, str(root), "--normal", normal, "--holdout", holdout)
 
 
 def test_cifar10_pickles(tmp_path, monkeypatch):
@@ -662,20 +671,42 @@ def test_cifar10_pickles(tmp_path, monkeypatch):
     monkeypatch.setattr(cls, "train_list", batches[:5])
     monkeypatch.setattr(cls, "test_list", batches[5:])
     monkeypatch.setattr(cls, "meta", meta | {"key": "label_names"})
-    args = pk.parse(["--dataset", "cifar10", "--data", str(tmp_path)])
-    x, kinds, classes = pk.load_split(args, "train")
-    x_test, kinds_test, _ = pk.load_split(args, "test")
+    options = pk.parse(["--dataset", "cifar10", "--data", str(tmp_path)])[1]
+    x, kinds, classes = pk.load_split(options, "train")
+    x_test, kinds_test, _ = pk.load_split(options, "test")
     assert classes == kinds_test == names and kinds == names * 5
     assert x.shape == (50, 3, 32, 32) and x_test.shape == (10, 3, 32, 32)
     assert x[7, :, 5, 5].tolist() == [255, 0, 128]
+
+
+def picture(seed, size=(24, 24), mode="RGB"):
+    n = size[0] * size[1] * len(mode)
+    return Image.frombytes(mode, size, random.Random(seed).randbytes(n))
+
+
+def make_folder(root, classes=("good", "scratch"), train=12, test=3, trained=1):
+    """MVTec AD's layout: train has the first class or classes, test has all."""
+    for split, names, count in (("train", classes[:trained], train), ("test", classes, test)):
+        for name in names if count else ():
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture(f"{split}/{name}/{i}").save(root / split / name / f"{i:02}.png")
+    return root
+
+
+FOLDER = ["--dataset", "folder", "--data"]
+
+
+def folder_task(root, normal="good", holdout=0):
+    return task_of(*FOLDER, root, "--normal", normal, "--holdout", holdout)
 
 
 def test_image_folder_as_of_mvtec(tmp_path):
     """In test/, "bent" is before "good", but classes are matched by name."""
     make_folder(tmp_path, classes=("good", "bent", "scratch"))
     make_folder(tmp_path / "ground_truth", train=0)
-    task = folder_task(tmp_path, holdout="0.1")
-    assert task.normal == "good" and task.classes == ["good"]
+    task = folder_task(tmp_path, holdout=0.1)
+    assert task.normal == "good" and task.source == tmp_path.name
     assert task.kinds == ["bent"] * 3 + ["good"] * 3 + ["scratch"] * 3
     assert task.y_test == [kind != "good" for kind in task.kinds]
     assert len(task.x) == 10 and len(task.x_held) == 2
@@ -687,39 +718,63 @@ def test_image_folder_as_of_mvtec(tmp_path):
 def test_classes_are_folders_and_those_named_by_numbers_are_names_alone(tmp_path):
     make_folder(tmp_path, classes=("1", "2", "3"), trained=3)
     assert [folder_task(tmp_path, name).normal for name in "123"] == ["1", "2", "3"]
-    with pytest.raises(ValueError, match="--normal 0: the classes are 1, 2, 3"):
+    with pytest.raises(
+        ValueError, match=f"--normal 0: the classes in {tmp_path}/train are: 1, 2, 3"
+    ):
         folder_task(tmp_path, "0")
-    picture(1).save(tmp_path / "test" / "contact-sheet.png")  # of no class: left out or refused
-    with contextlib.suppress(OSError, ValueError):
-        assert set(folder_task(tmp_path, "1").kinds) == {"1", "2", "3"}
+    picture(1).save(tmp_path / "test" / "contact-sheet.png")
+    with pytest.raises(OSError, match="contact-sheet.png is in no class"):
+        folder_task(tmp_path, "1")
 
 
 def test_a_folder_is_walked_in_one_way(tmp_path, capsys):
-    """Links are followed, hidden is left out, what is no image is counted, names do not matter."""
-    root = make_folder(tmp_path / "parts", train=10)
-    good, link = root / "train" / "good", make_folder(tmp_path / "elsewhere", train=1)
-    names = {"z1.PNG": "PNG", "z2": "BMP", "z3.gif": "GIF", "z4.jfif": "JPEG", "z[5].x": "TIFF"}
+    """Links are followed, but no folder twice; hidden is left out; what is named as no image is
+    counted; case and other signs in names do not matter."""
+    good = make_folder(tmp_path / "parts", train=10) / "train" / "good"
+    link = make_folder(tmp_path / "elsewhere", classes=("linked",), train=1) / "train" / "linked"
+    root = tmp_path / "parts"
+    names = {
+        "z1.PNG": "PNG",
+        "z2.bmp": "BMP",
+        "z3.gif": "GIF",
+        "z4.jfif": "JPEG",
+        "z[5].tif": "TIFF",
+    }
     for name, kind in names.items():
         picture(name).save(good / name, kind)
-    (good / "zlink").symlink_to(link / "train" / "good")
+    (good / "zlink").symlink_to(link)
+    (good / "again").symlink_to(".")
+    (link / "back").symlink_to(good)
     (good / "zz.png").mkdir()  # a folder named like an image
     for hidden in (".ipynb_checkpoints", "@eaDir", ".@__thumb"):
         for place in (good, root / "test", root / "test" / "scratch"):
             (place / hidden / "00.png").mkdir(parents=True)
             picture(0).save(place / hidden / "a.png")
             picture(0).save(place / hidden / "00.png" / "thumb.jpg")
-    for other in (good / "Thumbs.db", root / "test" / "notes.txt"):
+    for other in (good / "Thumbs.db", root / "test" / "notes.txt", good / ".hidden.png"):
         other.write_text("no image")
     task = folder_task(root)
-    assert len(task.x) == 10 + 5 + 1 and task.classes == ["good"] == [task.normal]
+    assert len(task.x) == 10 + 5 + 1 and task.normal == "good"
     assert task.kinds == ["good"] * 3 + ["scratch"] * 3
     train, test = capsys.readouterr().err.splitlines()
-    assert "left out 3 files" in train and "left out 4 files" in test
+    assert "train: left out 2 files" in train and "test: left out 1 files" in test
     files = [str(file.relative_to(good)) for file in pk.image_files(good)]
     assert files == [f"{i:02}.png" for i in range(10)] + [*names, "zlink/00.png"]
 
 
-@pytest.mark.parametrize("count, pictures", [(2, 2), (30, 1), (30, 2), (30, 9), (12, 12)])
+def test_equal_images_count_once_before_the_split(tmp_path, capsys):
+    root = make_folder(tmp_path / "parts", train=20)
+    for i in range(0, 20, 2):
+        shutil.copy(root / f"train/good/{i:02}.png", root / f"train/good/Copy of {i:02}.png")
+    task = folder_task(root, holdout=0.25)
+    assert (len(task.x), len(task.x_held)) == (15, 5)
+    assert "10 training images equal another one" in one_line(capsys.readouterr().err)
+    assert len(torch.cat([task.x, task.x_held]).unique(dim=0)) == 20
+    last = Image.open(root / "train/good/19.png").resize((16, 16), Image.Resampling.BILINEAR)
+    assert torch.equal(task.x_held[-1], TF.pil_to_tensor(last) / 127.5 - 1)  # the order stays
+
+
+@pytest.mark.parametrize("count, pictures", [(2, 2), (30, 1), (30, 9), (12, 12)])
 def test_too_few_or_equal_images_are_refused_before_the_training(count, pictures, tmp_path):
     """Dots at different places make different images."""
     (tmp_path / "train" / "good").mkdir(parents=True)
@@ -727,7 +782,7 @@ def test_too_few_or_equal_images_are_refused_before_the_training(count, pictures
         dot = Image.new("L", (16, 16))
         dot.putpixel((i % pictures, 5), 255)
         dot.save(tmp_path / "train" / "good" / f"{i}.png")
-    refused = pytest.raises(ValueError, match=f"{count} images.* 10 different")
+    refused = pytest.raises(ValueError, match=f"^{pictures} different images of good.* 10 ")
     with refused if pictures < 10 else contextlib.nullcontext():
         folder_task(tmp_path)
 
@@ -762,19 +817,24 @@ def test_png_files_of_16_bits_are_refused_or_scaled(colour_type, channels, tmp_p
 
 
 BAD_INPUT = [  # exit code, words of the message, flags
-    (2, ["--normal cat", "0", "9"], ["--normal", "cat"]),
-    (2, ["--normal 12", "0", "9"], ["--normal", "12"]),
-    (2, ["--teacher", "8"], ["--teacher", "8"]),  # no flag is cut short
-    (1, ["nosuch"], ["--device", "nosuch"]),
+    (2, ["--normal cat", "0", "9", "--dataset folder"], ["--normal", "cat"]),
+    (2, ["--normal 12", "digits"], ["--normal", "12"]),
+    (2, ["--score STUDENT.PT", "x.png"], ["x.png"]),
+    (2, ["--device nosuch"], ["--device", "nosuch"]),
+    (2, ["--device cuda"], ["--device", "cuda"]),
     (1, ["no MNIST in", "none", "online"], ["--dataset", "mnist", "--data", "none"]),
     (1, ["no MNIST in", "broken", "delete"], ["--dataset", "mnist", "--data", "broken"]),
-    (2, ["none", "train/CLASS"], [*FOLDER, "none"]),
-    (2, ["scratch", "good"], [*FOLDER, "folder", "--normal", "scratch"]),
-    (2, ["10 different"], [*FOLDER, "folder", "--normal", "good", "--holdout", "0.5"]),
+    (2, ["none/train are: none"], [*FOLDER, "none"]),
+    (2, ["scratch", "good", "folder/train"], [*FOLDER, "folder", "--normal", "scratch"]),
+    (2, ["6 different images"], [*FOLDER, "folder", "--normal", "good", "--holdout", "0.5"]),
     (1, ["truncated/train/good/01.png"], [*FOLDER, "truncated", "--normal", "good"]),
     (1, ["overflow", "learning rates"], ["--lr-teacher", "1e25"]),
-    (1, ["a file"], ["--out", "a file"]),
+    (1, ["a file", "--out"], ["--out", "a file/run"]),
+    (1, ["/proc", "--out"], ["--out", "/proc/runs"]),
     (1, ["missing.pt", "No such file"], ["--score", "missing.pt", "folder"]),
+    (1, ["nets.pt", "No such file"], ["--teacher", "folder"]),
+    (1, ["no results", "folder"], ["--table", "folder"]),
+    (1, ["no results"], ["--table", ""]),
 ]
 
 
@@ -790,8 +850,8 @@ def test_bad_input_gets_one_clear_line(code, words, flags, tmp_path, monkeypatch
     Path("a file").write_text("")
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(pk, "cost", None)  # none of these may come to the end of the training
-    assert exit_code("--size", "16", *flags) == code
+    monkeypatch.setattr(pk, "evaluate", None)  # none of these may come to the end of the training
+    assert exit_code(*NETS, *flags) == code
     stderr = one_line(capsys.readouterr().err)
     assert all(word in stderr for word in words), stderr
     assert not [*Path("runs").rglob("*.*")]
@@ -799,152 +859,223 @@ def test_bad_input_gets_one_clear_line(code, words, flags, tmp_path, monkeypatch
 
 # ------------------------------------------------------------------------------ a run and its files
 
-FILES = ["result.json", "student.pt", "student.pt2"]
-
 
 def names_in(folder):
     return sorted(file.name for file in folder.rglob("*") if not file.is_dir())
 
 
-def run_here(*flags):
-    args, stdout = pk.parse([*FAST, *flags]), io.StringIO()
+def result_in(folder):
+    text = (folder / "result.json").read_text()
+    return json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
+
+
+def run_here(folder, *flags):
+    stdout = io.StringIO()  # as a notebook's, which cannot be reconfigured
     with contextlib.redirect_stdout(stdout):
-        pk.run(args)
-    text = next(Path(args.out).glob("*/result.json")).read_text()
-    return stdout.getvalue(), json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
+        assert exit_code(*flags, "--out", folder) == 0
+    return stdout.getvalue(), result_in(folder)
 
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
     """A run on digits with images held out: (stdout, result, folder, task)."""
-    flags = ["--normal", "0", "--holdout", "0.4", "--out", str(tmp_path_factory.mktemp("digits"))]
-    return *run_here(*flags), Path(flags[-1], "digits-0-seed0"), task_of(*flags)
+    flags = [*FAST, "--normal", "0", "--holdout", "0.4"]
+    folder = tmp_path_factory.mktemp("digits") / "digits-0-seed0"
+    return *run_here(folder, *flags), folder, task_of(*flags)
 
 
 @pytest.fixture(scope="module")
 def folder_run(tmp_path_factory):
     """A run on coloured images without test/: (stdout, result, folder)."""
     root = make_folder(tmp_path_factory.mktemp("own") / "my parts", train=40, test=0)
-    flags = ["--normal", "good", "--holdout", "0.5", "--alpha", "0.2", "--out", str(root / "out")]
-    return *run_here(*FOLDER, str(root), *flags), root / "out" / "my parts-good-seed0"
+    flags = [*FAST, *FOLDER, root, "--normal", "good", "--holdout", "0.5", "--alpha", "0.2"]
+    return *run_here(root / "out", *flags), root / "out"
 
 
 def test_a_run_prints_and_writes_what_it_found(digits_run):
     stdout, result, folder, task = digits_run
     lines, rows = stdout.splitlines(), [*map(str.split, stdout.splitlines())]
-    assert lines[0] == f"digits-0-seed0: {len(task.x)} images, {len(task.x_held)} held out, on cpu"
-    assert lines[1].startswith("test: {'") and "'0': 59" in lines[1] and "'8': 58" in lines[1]
-    epochs = {"teacher": 2, "student_alone": 3, "step1": 2, "step2": 1}
-    assert list(result["auroc"]) == list(result["auroc_whitened"]) == [*epochs, "gain"]
-    for stage, n in epochs.items():
-        reports = [line for line in lines if re.match(rf"{stage} \d+: loss_D ", line)]
-        assert len(reports) == n and all(line.endswith("s left") for line in reports)
-    for values in (result["auroc"], result["auroc_whitened"]):
-        assert values["gain"] == values["step2"] - values["student_alone"]
-    for stage, plain in result["auroc"].items():
-        assert [stage, f"{plain:.2f}", f"{result['auroc_whitened'][stage]:.2f}"] in rows
-    assert ["PCA", f"{result['baselines']['pca']:.2f}"] in rows and "few held out" in lines[-2]
-    assert f"has {result['ratio']:.0f} times as many FLOPs" in stdout
-    for kind in "0123456789":
-        assert f"% flagged of {kind}, by alpha: {{0.05: " in stdout  # .01 is out of reach
-    assert [*result["flops"].values()] == [flops(w, 16, 1, pk.DEFAULTS.z_dim) for w in (4, 2)]
+    assert lines[0].startswith("119 images of 0: 71 images, 48 held out; 599 test images; on cpu")
+    assert list(result["auroc"]) == [*pk.STAGES, "gain"]
+    assert result["auroc"]["gain"] == result["auroc"]["step2"] - result["auroc"]["student_alone"]
+    for stage in pk.STAGES:
+        assert [stage, f"{result['auroc'][stage]:.2f}"] in rows
+    assert ["detector", f"{result['auroc_detector']:.2f}", "step2,", "whitened"] in rows
+    assert ["PCA", f"{result['baselines']['pca']:.2f}"] in [row[:2] for row in rows]
+    assert f"{result['ratio']:.0f} times as many FLOPs" in stdout
+    z_dim = pk.EXPERIMENTS["digits"].z_dim
+    assert [*result["flops"].values()] == [flops(w, 16, 1, z_dim) for w in (4, 2)]
     assert result["params"]["student"] < result["params"]["teacher"]
-    assert 0 < result["us_256"]["student"] < result["us_1"]["student"]  # per image
-    assert {"dataset", "normal", "seed", "seconds", "bf16", "version", "classes"} <= set(result)
-    no_effect = {"out", "device", "skip_finished", "alpha", "score", "table"}
-    assert result["alpha"] == 0.05
-    assert vars(pk.parse([])).keys() - result["settings"].keys() == no_effect
-    assert names_in(folder) == FILES and f"--score '{folder}/student.pt' " in lines[-1]
+    assert result["images"] == {"train": 71, "held_out": 48, "test": 599}
+    assert result["settings"] == asdict(pk.parse(FAST)[2]) and result["version"] == pk.VERSION
+    for kind, row in result["kinds"].items():
+        area = "-" if kind == "0" else f"{row['auroc']:.2f}"
+        flagged = ["-"] + [str(row["flagged"][alpha]) for alpha in ("0.05", "0.1")]
+        assert [kind, str(task.kinds.count(kind)), area, *flagged] in rows  # .01 is out of reach
+    assert "48 are held out. At alpha 0.05, scores above" in stdout
+    assert names_in(folder) == sorted(pk.FILES) and f"--score '{folder}/student.pt' " in lines[-1]
 
 
-def test_time_left_is_that_of_all_stages(monkeypatch, capsys):
-    """From the first epoch on; a teacher's epoch takes 1, others .2, .2 and 1.5."""
+def test_progress_is_a_line_a_tenth_and_the_curve(digits_run):
+    stdout, result, _, _ = digits_run
+    lengths = {"teacher": 10, "student_alone": 14, "step1": 10, "step2": 4}
+    for number, (stage, updates) in enumerate(lengths.items(), 1):
+        start = (
+            rf"{stage} {number}/4: update \d+/{updates} \| loss_D .* loss_G .* \| AUROC .* s left"
+        )
+        curve = [point for point in result["curve"] if point["stage"] == stage]
+        lines = re.findall(f"^{start}$", stdout, re.MULTILINE)
+        assert len(lines) == len(curve) == min(10, updates)
+        assert curve[-1]["update"] == updates and curve[-1]["loss_d"] > 0
+        assert curve[-1]["auroc"] == pytest.approx(result["auroc"][stage])  # of all 599 images
+    assert len(result["curve"]) == 34
+
+
+def test_time_left_is_that_of_the_stage_and_the_auroc_of_a_thousand_images(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(pk, "monotonic", lambda: now[0])
-    report = pk.progress(SimpleNamespace(epochs=2, epochs1=5, epochs2=2))
-    plan = [("teacher", 1)] * 2 + [("student_alone", 0.2)] * 7 + [("step1", 0.2)] * 5
-    for stage, seconds in plan + [("step2", 1.5)] * 2:
-        now[0] += 10 * seconds
-        report(stage, 1, 0.0, 0.0)
-    left = [int(line.split()[-3]) for line in capsys.readouterr().out.splitlines()]
-    total = 10 * (2 + 0.2 * 12 + 3)
-    assert left[0] == pytest.approx(total - 10, abs=1) and left[-1] == 0
-    assert left[2] == pytest.approx(total - 22, abs=1) and left == sorted(left, reverse=True)
+    x, y = torch.arange(2500.0), [k % 5 > 0 for k in range(2500)]
+    progress = pk.Progress(SimpleNamespace(x_test=x, y_test=y), pk.STAGES)
+    assert torch.equal(progress.x_test, x[::3]) and progress.y_test == y[::3]
+    monkeypatch.setattr(pk, "score", lambda net, x: x)
+    for stage, update, seconds in (
+        ("teacher", 5, 10),
+        ("teacher", 10, 10),
+        ("student_alone", 4, 6),
+    ):
+        now[0] += seconds
+        progress.report(stage, None, update, 10, 0.0, 0.0)
+    left = [line.split()[-3] for line in capsys.readouterr().out.splitlines()]
+    assert left == ["10", "0", "9"]
+    assert progress.curve[0]["auroc"] == pk.auroc(x[::3], y[::3])
 
 
-def test_the_saved_student_is_the_one_of_the_result(digits_run):
+def test_nets_and_detector_are_those_of_the_result(digits_run):
     _, result, folder, task = digits_run
-    net, calibration = pk.load_gan(folder / "student.pt")
-    r = pk.in_parts(net.residual, task.x_test)
-    figures = [pk.auroc(scores, task.y_test) for scores in (r.norm(dim=1), net.distance(r))]
-    assert figures == [result[key]["step2"] for key in ("auroc", "auroc_whitened")]
-    one_by_one = torch.cat([pk.score(net, image[None]) for image in task.x_held])
-    assert torch.allclose(calibration, one_by_one.sort().values, rtol=1e-5)  # p_values() allows it
+    nets, saved = pk.load_nets(folder / "nets.pt")
+    assert list(nets) == [*pk.STAGES, "teacher_step2"] and saved["test_labels"] == task.y_test
+    for stage in pk.STAGES:
+        scores = pk.score(nets[stage], task.x_test)
+        assert pk.auroc(scores, task.y_test) == result["auroc"][stage]
+        assert torch.equal(scores, saved["test_scores"][stage])
+    detector = pk.load_detector(folder / "student.pt")
+    scores, _ = pk.detect(detector, task.x_test)
+    assert pk.auroc(scores, task.y_test) == result["auroc_detector"]
+    assert same(weights(detector.g), weights(nets["step2"].g))
+    expected = pk.make_detector(nets["step2"], task.x, task.x_held, pk.parse(FAST)[2])
+    assert same(weights(detector), weights(expected)) and detector.held_out == 48
+
+
+def test_a_teacher_can_be_taken_from_an_earlier_run(digits_run, tmp_path):
+    """The student again: with the same settings, the same figures."""
+    _, result, folder, task = digits_run
+    flags = [*FAST, "--normal", "0", "--holdout", "0.4", "--teacher", folder.parent]
+    stdout, again = run_here(tmp_path / "again", *flags, "--teacher-updates", "7")
+    assert again["auroc"] == result["auroc"] and again["kinds"] == result["kinds"]
+    assert again["settings"] == result["settings"]  # the teacher's are its own
+    assert "student_alone 1/3: " in stdout and "teacher 1/" not in stdout
+    settings = pk.parse(FAST)[2]
+    for place in (folder.parent, folder, folder / "nets.pt"):
+        teacher, its_settings = pk.load_teacher(place, folder.name, task, settings)
+        assert same(weights(teacher), weights(pk.load_nets(folder / "nets.pt")[0]["teacher"]))
+        assert its_settings == settings
+
+
+OTHER_TASKS = [("normal 0, not 1", ["--normal", "1"]), ("images", ["--holdout", "0.1"])]
+OTHER_TASKS += [("size 16, not 32", ["--size", "32"]), ("z_dim 256, not 9", ["--z-dim", "9"])]
+OTHER_TASKS += [("teacher_width 4, not 5", ["--teacher-width", "5"])]
+
+
+@pytest.mark.parametrize("words, flags", OTHER_TASKS)
+def test_a_teacher_of_another_task_is_refused(words, flags, digits_run, tmp_path, capsys):
+    same_task = [*FAST, "--normal", "0", "--holdout", "0.4", "--out", tmp_path / "new"]
+    assert exit_code(*same_task, *flags, "--teacher", digits_run[2]) == 2
+    assert words in one_line(capsys.readouterr().err) and not (tmp_path / "new").exists()
+
+
+def test_nothing_is_overwritten_in_silence(digits_run, tmp_path, monkeypatch, capsys):
+    """The same run may be made anew; another one is refused before it trains."""
+    trained = []
+
+    def train_stages(*given):
+        trained.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pk, "train_stages", train_stages)
+    folder = shutil.copytree(digits_run[2], tmp_path / "run")
+    flags = [*FAST, "--normal", "0", "--holdout", "0.4", "--out", folder]
+    assert exit_code(*flags) == 130 and len(trained) == 1
+    capsys.readouterr()
+    others = {"w_own 0.5, not 1.0": ["--w-own", "0.5"], "seed 3, not 0": ["--seed", "3"]}
+    others |= {"normal 5, not 0": ["--normal", "5"], "size 32, not 16": ["--size", "32"]}
+    for words, more in others.items():
+        assert exit_code(*flags, *more) == 2 and len(trained) == 1
+        err = one_line(capsys.readouterr().err)
+        assert words in err and "--out" in err and str(folder) in err
+    assert names_in(folder) == sorted(pk.FILES)
+    for text in ("", "[1]", '{"accuracy": 1}', "{}"):  # a broken result is made anew
+        (folder / "result.json").write_text(text)
+        assert exit_code(*flags) == 130
+        assert "result.json cannot be read" in capsys.readouterr().err
+    assert len(trained) == 5
 
 
 def test_good_photographs_alone_make_a_detector(folder_run):
     stdout, result, folder = folder_run
-    assert result["auroc"] == result["auroc_whitened"] == result["flagged"] == {}
-    assert names_in(folder) == FILES and result["images"] == {"test": 0}
-    assert stdout.count("no AUROC: ") == 1 and "test: {}" in stdout and ": nan" not in stdout
-    assert "20 images, 20 held out" in stdout and result["threshold"] > 0
+    assert result["auroc"] == result["kinds"] == {} and result["auroc_detector"] is None
+    assert names_in(folder) == sorted(pk.FILES) and result["images"]["test"] == 0
+    assert stdout.count("no AUROC: ") == 1 and "AUROC in %" not in stdout
+    assert "40 images of good: 20 images, 20 held out; 0 test images" in stdout
+    assert result["threshold"] > 0 and "nan" not in stdout
 
 
-def test_a_finished_run_is_not_made_again(digits_run, folder_run, monkeypatch, capsys):
-    """Of the same settings, version and precision, wherever it is called from."""
-    monkeypatch.setattr(pk, "train_stages", lambda *given: 1 / 0)
-
-    def trains(*flags):
-        assert exit_code(*FAST, "--skip-finished", *flags) in (0, 1)
-        return "finished before" not in capsys.readouterr().out
-
-    flags = ["--normal", "0", "--holdout", "0.4", "--out", str(digits_run[2].parent)]
-    assert not trains(*flags) and not trains(*flags, "--device", "cpu")
-    for changed in (["--kd-adv", "3"], ["--seed", "1"], ["--normal", "1"]):
-        assert trains(*flags, *changed)
-    root, file = folder_run[2].parents[1], folder_run[2] / "result.json"
-    monkeypatch.chdir(root.parent)
-    flags = ["--normal", "good", "--holdout", "0.5", "--out", "my parts/out", "--alpha", "0.2"]
-    for data in ("my parts", "./my parts/", str(root)):  # one folder has one name
-        assert not trains(*flags, *FOLDER, data)
-    text = file.read_text()
-    for key in ("version", "bf16"):
-        file.write_text(json.dumps(json.loads(text) | {key: None}))
-        assert trains(*flags, *FOLDER, str(root))
-    file.write_text(text)
+def test_samples_show_normal_images_left_and_anomalies_right(digits_run, folder_run):
+    """Rows: the image, what the teacher makes of it, what the student makes; scores below."""
+    _, _, folder, task = digits_run
+    nets, _ = pk.load_nets(folder / "nets.pt")
+    picture = Image.open(folder / "samples.png")
+    assert picture.size == (16 * 100 + 12, 3 * 100 + 40)
+    anomaly = task.y_test.index(True)
+    x = task.x_test[[task.y_test.index(False), anomaly]]
+    for column, image in ((0, x[0]), (8, x[1])):
+        left = column * 100 + (12 if column else 0)
+        for row, net in enumerate((None, "teacher", "step2")):
+            shown = image if net is None else nets[net].g(image[None]).x_hat[0]
+            tile = TF.pil_to_tensor(picture.crop((left, row * 100, left + 96, row * 100 + 96)))
+            expected = TF.resize(shown / 2 + 0.5, [96, 96], TF.InterpolationMode.NEAREST)
+            assert torch.allclose(tile / 255, expected, atol=0.01)
+        below = picture.crop((left, 300, left + 96, 340))
+        assert below.getextrema()[0][0] < 100  # there is text
+    assert Image.open(folder_run[2] / "samples.png").size == (8 * 100 + 12, 340)
 
 
 @pytest.mark.parametrize("number, earlier", [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
 def test_a_stop_in_the_export_leaves_no_mix_of_runs(number, earlier, tmp_path, monkeypatch, capsys):
     """An earlier run's files stay as they are; no new file, and no temporary folder."""
-    folder = tmp_path / "digits-0-seed0"
-    folder.mkdir()
-    for name in FILES if earlier else ():
-        (folder / name).write_text("earlier")
+    for name in pk.FILES[:-1] if earlier else ():
+        (tmp_path / name).write_text("earlier")
 
     def stopped(*given, **named):  # here the export would go on for a second
-        assert len(names_in(folder)) > 3 * earlier
+        assert len(names_in(tmp_path)) > 4 * earlier
         signal.raise_signal(number)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the program's last lines do
     monkeypatch.setattr(torch.export, "export", stopped)
     monkeypatch.setattr(pk, "pca_auroc", lambda task: 50.0)
-    idle = ["--epochs", "0", "--epochs1", "0", "--epochs2", "0"]
-    assert exit_code(*FAST, *idle, "--normal", "0", "--out", str(tmp_path)) == 130
+    assert exit_code(*IDLE, "--normal", "0", "--out", tmp_path) == 130
     assert "interrupted" in one_line(capsys.readouterr().err)
-    found = {path.name: path.read_text() for path in folder.iterdir()}
-    assert found == (dict.fromkeys(FILES, "earlier") if earlier else {})
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == (dict.fromkeys(pk.FILES[:-1], "earlier") if earlier else {})
 
 
-def test_a_stop_between_two_files_leaves_no_result(tmp_path, monkeypatch):
+def test_a_stop_between_two_files_leaves_no_result(digits_run, tmp_path, monkeypatch, capsys):
     """result.json is the mark of a whole run: the first to go and the last to come."""
-    for name in FILES:
-        (tmp_path / name).write_text("earlier")
-    task = SimpleNamespace(x=images())
+    folder = shutil.copytree(digits_run[2], tmp_path / "run")
     monkeypatch.setattr(pk.Path, "replace", lambda file, to: shutil.copy(file, to) and 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        pk.save(SimpleNamespace(alpha=0.1), task, small_gan(2), torch.zeros(3), tmp_path, {})
-    assert names_in(tmp_path) == FILES[1:]
+    monkeypatch.setattr(pk, "train_stages", lambda *given: pk.load_nets(folder / "nets.pt")[0])
+    assert exit_code(*FAST, "--normal", "0", "--holdout", "0.4", "--out", folder) == 1
+    assert names_in(folder) == sorted(pk.FILES[:-1])
 
 
 @in_background
@@ -954,16 +1085,17 @@ def test_signals_a_full_disk_and_a_closed_pipe_leave_no_file(tmp_path):
         return python(*call, cwd=tmp_path, start=subprocess.Popen, preexec_fn=before)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        process = started("--epochs", "5000")
-        while not process.stdout.readline().startswith("teacher 2:"):
+        process = started("--teacher-updates", "50000")
+        while not process.stdout.readline().startswith("119 images"):
             assert process.poll() is None
+        time.sleep(1)
         process.send_signal(number)
         stderr = process.communicate(timeout=60)[1]
-        assert stderr == "pkdgan.py: interrupted; no result is half-written\n"
+        assert stderr == "pkdgan.py: interrupted; nothing is half-written\n"
         assert process.returncode == 130
     limit = [10_000] * 2  # bytes a file may have: less than a student.pt
     full = started(before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    piped = started("--epochs", "5000")
+    piped = started("--teacher-updates", "2000")
     piped.stdout.readline()
     piped.stdout.close()
     stdout, stderr = full.communicate()
@@ -973,62 +1105,84 @@ def test_signals_a_full_disk_and_a_closed_pipe_leave_no_file(tmp_path):
     assert names_in(tmp_path) == []
 
 
-def test_p_values_by_hand():
-    p = pk.p_values(tensor(0.0, 1.0, 1.5, 2.0, 3.0, 3.5), tensor(1.0, 2.0, 2.0, 3.0))
-    assert p.tolist() == [1, 1, 4 / 5, 4 / 5, 2 / 5, 1 / 5]  # exact: p <= alpha is right at alpha
-    assert pk.p_values(tensor(2.5), tensor(1.0, 2.0, 3.0)) == 0.5
-    assert pk.p_values(tensor(7.0), torch.zeros(0)) == 1
-    ties = torch.full((99,), 2.0)  # rounded otherwise on another device
-    assert pk.p_values(tensor(2 + 2e-6, 2 + 2e-3), ties).tolist() == [1, 0.01]
+@in_background
+def test_a_class_of_any_name_and_a_folder_that_takes_no_files(tmp_path):
+    """A name that is no UTF-8 is trained on and saved; a link into /sys is refused before."""
+    root, name = make_folder(tmp_path / "parts"), os.fsdecode(b"caf\xe9")
+    (root / "train" / "good").rename(root / "train" / name)
+    flags = [*FAST, *FOLDER, "parts", "--normal", name, "--holdout", "0"]
+    done = python(HERE / "pkdgan.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / f"parts-{name}-seed0"
+    assert names_in(folder) == sorted(pk.FILES) and result_in(folder)["normal"] == name
+    (tmp_path / "runs" / f"parts-{name}-seed1").symlink_to("/sys")
+    done = python(HERE / "pkdgan.py", *flags, "--seed", "1", cwd=tmp_path)
+    assert done.returncode == 1 and "seed1 takes no files" in one_line(done.stderr)
+    assert "update" not in done.stdout
 
 
-def flagged_of(scores, kinds, calibration, alpha=0.05):
-    """shares_flagged() on "images" that are their scores, by a "student" that gives them back."""
-    x = tensor(*scores).view(-1, 1, 1, 1)
-    args, task = SimpleNamespace(alpha=alpha), SimpleNamespace(x_test=x, kinds=kinds)
-    return pk.shares_flagged(args, task, torch.nn.Flatten(0), calibration)
+# ------------------------------------------------------------------------- the detector's verdicts
 
 
-def test_shares_flagged_by_hand():
-    calibration = torch.arange(1.0, 20.0)  # 1 to 19: p = (1 + how many are not below) / 20
-    scores = [3.0, 18.5, 19.5, 12.0] + [17.0, 19.5, 1.0] + [20.0, 20.0, 18.5, 18.5]
+def test_table_of_kinds_by_hand():
+    scores = tensor(3.0, 18.5, 19.5, 12.0, 17.0, 19.5, 1.0, 20.0, 20.0, 18.5, 18.5)
     kinds = ["good"] * 4 + ["notch"] * 3 + ["scratch"] * 4
-    flagged = flagged_of(scores, kinds, calibration, alpha=0.2)
-    assert list(flagged) == ["good", "notch", "scratch"]
-    assert flagged["good"] == {0.05: 25, 0.1: 50, 0.2: 50}  # .01 is out of reach
-    assert flagged["notch"] == {0.05: 33.3, 0.1: 33.3, 0.2: 66.7}
-    assert flagged["scratch"] == {0.05: 50, 0.1: 100, 0.2: 100}
+    p_values = of_scores(*torch.arange(1.0, 20.0).tolist())(*scores)
+    task = SimpleNamespace(kinds=kinds, normal="good")
+    table = pk.table_of_kinds(task, scores, p_values, 19)
+    assert list(table) == ["good", "notch", "scratch"]
+    assert table["good"] == {"images": 4, "auroc": None, "flagged": {"0.05": 25, "0.1": 50}}
+    assert table["notch"]["flagged"] == {"0.05": 33.3, "0.1": 33.3}  # .01 is out of reach
+    assert table["scratch"]["flagged"] == {"0.05": 50, "0.1": 100}
+    assert table["notch"]["auroc"] == pytest.approx(100 * 5.5 / 12)
+    assert table["scratch"]["auroc"] == pytest.approx(100 * 13 / 16)
+    few = pk.table_of_kinds(task, scores, p_values, 8)
+    assert few["good"]["flagged"] == {} and few["notch"]["auroc"] == table["notch"]["auroc"]
+    assert pk.table_of_kinds(SimpleNamespace(kinds=["a"], normal="b"), scores[:1], p_values[:1], 0)
 
 
-@pytest.mark.parametrize("held, alphas", [(8, []), (9, [0.1]), (99, [0.01, 0.05, 0.1])])
-def test_shares_flagged_are_of_alphas_that_enough_held_out_allow(held, alphas):
-    flagged = flagged_of([0.5, 2.0], ["good", "bad"], torch.zeros(held))
-    assert flagged == (
-        {kind: dict.fromkeys(alphas, 100) for kind in ("bad", "good")} if alphas else {}
-    )
+def test_how_many_held_out_an_alpha_needs():
+    alphas = (0.5, 0.1, 0.05, 0.03, 0.01, 0.001)
+    assert [pk.needed_for(alpha) for alpha in alphas] == [1, 9, 19, 33, 99, 999]
+    assert pk.too_few(0.03, 30) == "no verdicts: alpha 0.03 needs 33 held out, 30 are"
 
 
-@pytest.mark.parametrize("alpha, rank", [("0.05", 0), ("0.1", 1), ("0.19", 2)])
+@pytest.mark.parametrize("rank, held_out", [(5, 100), (1, 19), (60, 1200)])
+def test_false_alarms_against_a_simulation(rank, held_out):
+    """The share of a uniform distribution above the rank-th highest of a draw from it."""
+    low, high = pk.false_alarms(rank, held_out)
+    rng = torch.Generator().manual_seed(0)
+    draws = torch.rand(20_000, held_out, generator=rng).sort(descending=True).values
+    shares = 100 * (1 - draws[:, rank - 1])
+    assert torch.tensor([low, high]) == pytest.approx(shares.quantile(tensor(0.05, 0.95)), abs=0.2)
+
+
+@pytest.mark.parametrize("alpha, rank", [(0.05, 0), (0.1, 1), (0.19, 2)])
 def test_threshold_is_that_of_the_verdicts_or_too_few_are_held_out(alpha, rank, tmp_path):
     """Ten of them: 1 / 11 is the least p-value."""
-    flags = ["--normal", "8", "--holdout", "0.086", "--alpha", alpha, "--out", str(tmp_path)]
-    idle = ["--epochs", "0", "--epochs1", "0", "--epochs2", "0"]
-    stdout, result = run_here(*idle, *flags)
-    _, calibration = pk.load_gan(tmp_path / "digits-8-seed0" / "student.pt")
-    threshold = calibration[-rank].item() if rank else None
-    assert result["threshold"] == threshold and len(calibration) == 10
-    shown = f"{threshold:.4g}" if rank else "nan"
-    assert f"threshold at {alpha}: {shown} (nan: few held out)" in stdout
-    assert (alpha in result["flagged"]["8"]) == bool(rank) and "% flagged of 8" in stdout
-    if rank:
-        around = torch.tensor([threshold, threshold * 1.001])
-        assert (pk.p_values(around, calibration) <= float(alpha)).tolist() == [False, True]
+    flags = [*IDLE, "--normal", "8", "--holdout", "0.086", "--alpha", alpha]
+    stdout, result = run_here(tmp_path / "run", *flags)
+    detector = pk.load_detector(tmp_path / "run" / "student.pt")
+    threshold = detector.held_out_scores[-rank].item() if rank else None
+    assert result["threshold"] == threshold and detector.held_out == 10
+    if rank == 0:
+        assert f"no verdicts: alpha {alpha} needs 19 held out, 10 are" in stdout
+        assert result["false_alarms"] is None and "0.05" not in result["kinds"]["8"]["flagged"]
+    else:
+        assert f"10 are held out. At alpha {alpha}, scores above {threshold:.4g} are" in stdout
+        detector.g = Given()
+        detector.mean, detector.whitener = torch.zeros(1), torch.eye(1)
+        _, p_values = detector(tensor([threshold], [threshold * 1.001]))
+        assert (p_values <= alpha).tolist() == [False, True]
 
 
-def save_student(path, net, calibration):
-    content = {"version": pk.VERSION, "form": net.form, "weights": net.state_dict()}
-    torch.save(content | {"calibration": calibration.tolist()}, path)
-    return str(path)
+def save_student(path, held_out=0):
+    torch.manual_seed(0)
+    config = {"size": 16, "channels": 1, "width": 2, "z_dim": 10, "held_out": held_out}
+    detector = pk.Detector(**config)
+    saved = {"file": "student.pt", "version": pk.VERSION, "config": config}
+    torch.save(saved | {"weights": detector.state_dict()}, path)
+    return detector
 
 
 def scored(stdout):
@@ -1038,7 +1192,8 @@ def scored(stdout):
     return [line.split("\t") for line in lines]
 
 
-def test_scores_of_a_folder_and_a_broken_image(digits_run, tmp_path, monkeypatch, capsys):
+def test_scores_of_a_folder_and_what_cannot_be_read(digits_run, tmp_path, monkeypatch, capsys):
+    """Flags and images in any order; what fails is named, the others are scored, exit code 1."""
     _, _, folder, task = digits_run
     monkeypatch.chdir(tmp_path)
     Path("in/@eaDir/000.png").mkdir(parents=True)
@@ -1047,73 +1202,63 @@ def test_scores_of_a_folder_and_a_broken_image(digits_run, tmp_path, monkeypatch
         TF.to_pil_image((x + 1) / 2).save(file)
     for file in ("in/notes.txt", "in/@eaDir/000.png/x.db"):
         Path(file).write_text("no image")
-    student = str(folder / "student.pt")
-    assert exit_code("--score", student, "in", "alone.png", "--alpha", "0.1") == 0
+    student = folder / "student.pt"
+    assert exit_code("--score", student, "--alpha", "0.1", "in", "alone.png") == 0
     out, err = capsys.readouterr()
-    assert "in: left out 2 files" in one_line(err)
-    lines, (net, calibration) = scored(out), pk.load_gan(student)
+    assert "in: left out 1 files" in one_line(err)
+    lines, detector = scored(out), pk.load_detector(student)
     for file, (name, value, p, verdict) in zip(files, lines, strict=True):
-        by_itself = pk.score(net, pk.read_image(file, 16)[None, :1] / 127.5 - 1)
-        assert name == file
-        assert float(value) == pytest.approx(by_itself.item(), rel=1e-3)
-        assert float(p) == pytest.approx(pk.p_values(by_itself, calibration).item(), rel=1e-3)
-        assert verdict == ("anomaly" if float(p) <= 0.1 else "-")
+        scores, p_values = detector(pk.read_image(file, 16)[None, :1] / 127.5 - 1)
+        assert name == file and verdict == ("anomaly" if p_values <= 0.1 else "-")
+        assert [value, p] == [f"{scores.item():.4g}", f"{p_values.item():.4g}"]
     assert lines[-1][1:] == lines[7][1:] and len({line[1] for line in lines}) > 50
     Path("in/050.png").write_bytes(Path("in/050.png").read_bytes()[:60])
-    assert exit_code("--score", student, "in", "--alpha", "0.1") == 1  # after what comes before it
+    Path("in/999.png").symlink_to("/gone/x.png")
+    assert exit_code("in", "--alpha", "0.1", "--score", student, "alone.png", "no.png") == 1
     out, err = capsys.readouterr()
-    assert scored(out) == lines[:50] and "in/050.png cannot be used" in err.splitlines()[-1]
+    assert scored(out) == lines[:50] + lines[51:]
+    named = [line.split()[1] for line in err.splitlines()[1:]]
+    assert named == ["in/050.png", "in/999.png", "no.png"]
     assert exit_code("--score", student) == 1 and "no images" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("n, verdict", [(0, "?"), (18, "?"), (19, "anomaly")])
 def test_verdict_at_alpha_itself_and_where_too_few_are_held_out(n, verdict, tmp_path, capsys):
-    net = small_gan(2)
-    student = save_student(tmp_path / "student.pt", net, torch.zeros(n))
+    detector = save_student(tmp_path / "student.pt", n)
     Image.new("RGB", (40, 30), (200, 100, 0)).save(tmp_path / "a.png")  # grey: the mean of these
-    assert exit_code("--score", student, str(tmp_path / "a.png")) == 0
+    assert exit_code("--score", tmp_path / "student.pt", tmp_path / "a.png") == 0
     out, err = capsys.readouterr()
-    value = pk.score(net, torch.full((1, 1, 16, 16), 100 / 127.5 - 1)).item()
+    value = detector(torch.full((1, 1, 16, 16), 100 / 127.5 - 1))[0].item()
     assert float(scored(out)[0][1]) == pytest.approx(value, rel=1e-3)
     assert scored(out)[0][2:] == [f"{1 / (n + 1):.4g}", verdict]
-    assert ("--alpha 0.05" in one_line(err)) if verdict == "?" else err == ""
+    assert ("alpha 0.05 needs 19 held out" in one_line(err)) if verdict == "?" else err == ""
 
 
 def test_checkpoint_that_is_none(digits_run, tmp_path, capsys):
-    path, whole = tmp_path / "file.pt", (digits_run[2] / "student.pt").read_bytes()
-    saved, half = torch.load(digits_run[2] / "student.pt", weights_only=True), len(whole) // 2
-    bad = [b"text", whole[:half], {"weights": 1}, SimpleNamespace(a=1)]
-    other = {name: weight[..., :1] for name, weight in saved["weights"].items()}
-    for content in [*bad, saved | {"version": pk.VERSION - 1}, saved | {"weights": other}]:
+    path, folder = tmp_path / "file.pt", digits_run[2]
+    whole = (folder / "student.pt").read_bytes()
+    saved = torch.load(folder / "student.pt", weights_only=True)
+    bad = [b"text", whole[: len(whole) // 2], {"weights": 1}, SimpleNamespace(a=1)]
+    bad += [saved | {"version": pk.VERSION - 1}, (folder / "nets.pt").read_bytes()]
+    for content in bad:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        assert exit_code("--score", str(path), "x.png") == 1
+        assert exit_code("--score", path, "x.png") == 1
         out, err = capsys.readouterr()
-        assert out == "" and "file.pt is no whole student.pt" in one_line(err) and len(err) < 400
-
-
-DEVICE_SCRIPT = """
-import json, sys, torch
-from PIL import Image, ImageOps
-files = {"about.json": ""}
-detector = torch.export.load("student.pt2", extra_files=files).module()
-about = json.loads(files["about.json"])
-image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGBA")
-image = image.resize((about["form"][0], about["form"][0]), Image.Resampling.BILINEAR)
-image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-x = torch.tensor(list(image.tobytes())).view(1, *image.size, 3).permute(0, 3, 1, 2)
-score, calibration = detector(x / 127.5 - 1).item(), about["calibration"]
-p = (1 + sum(c >= score * (1 - 1e-5) for c in calibration)) / (1 + len(calibration))
-print(f"{score:.4g}\\t{p:.4g}\\t{'anomaly' if p <= about['alpha'] else '-'}")
-"""
+        assert out == "" and "file.pt is no student.pt" in one_line(err) and len(err) < 400
+    other = {name: weight[..., :1] for name, weight in saved["weights"].items()}
+    torch.save(saved | {"weights": other}, path)
+    assert exit_code("--score", path, "x.png") == 1 and one_line(capsys.readouterr().err)
+    assert exit_code("--score", folder / "student.pt2", "x.png") == 1
+    assert "name the student.pt beside it" in one_line(capsys.readouterr().err)
 
 
 def test_on_a_device_torch_and_pillow_give_the_programs_verdicts(folder_run, monkeypatch, capsys):
-    """By README.md's Python that reads about.json, if there is some: called with an image, beside a
-    student.pt2, it prints score, p-value and verdict, to the digit."""
+    """By README.md's Python that loads a student.pt2: called with an image, beside that file, it
+    prints score, p-value and verdict, to the digit."""
     monkeypatch.chdir(folder_run[2])
     readme, exif = (HERE / "README.md").read_text(), Image.Exif()
     blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    script = next((block for block in blocks if "about.json" in block), DEVICE_SCRIPT)
+    [script] = [block for block in blocks if "student.pt2" in block]
     assert len([line for line in script.splitlines() if line.strip()]) <= 15
     imports = re.findall(r"^(?:from|import) (.+?)(?: import.*)?$", script, re.MULTILINE)
     assert set(", ".join(imports).split(", ")) <= {"json", "sys", "torch", "PIL"}
@@ -1123,8 +1268,8 @@ def test_on_a_device_torch_and_pillow_give_the_programs_verdicts(folder_run, mon
     picture(1, (50, 30), "RGBA").save("clear.png")
     Image.new("RGB", (16, 16)).save("black.png")
     verdicts = set()
-    for file in ("turned.jpg", "clear.png", "black.png", "../../train/good/03.png"):
-        assert exit_code("--alpha", "0.2", "--score", "student.pt", file) == 0
+    for file in ("turned.jpg", "clear.png", "black.png", "../train/good/03.png"):
+        assert exit_code("--alpha", "0.05", "--score", "student.pt", file) == 0
         expected = scored(capsys.readouterr().out)[0][1:]
         monkeypatch.setattr(sys, "argv", ["script.py", file])
         runpy.run_path("script.py")
@@ -1133,57 +1278,109 @@ def test_on_a_device_torch_and_pillow_give_the_programs_verdicts(folder_run, mon
     assert verdicts == {"anomaly", "-"}
 
 
-def test_exported_student_is_whole_and_names_no_device(digits_run):
-    """So that it can be moved; and it has neither discriminator nor images."""
-    files, folder, x = {"about.json": ""}, digits_run[2], digits_run[3].x_test[:300]
+def test_exported_detector_is_whole_and_names_no_device(digits_run, tmp_path):
+    """So that it can be moved; it gives p-values by itself, and holds no images."""
+    files, folder, x = {"config.json": ""}, digits_run[2], digits_run[3].x_test[:300]
     exported = torch.export.load(folder / "student.pt2", extra_files=files)
     for node in exported.graph.nodes:
         assert "device" not in node.kwargs and torch.device not in map(type, node.args)
-    detector, (net, held) = exported.module(), pk.load_gan(folder / "student.pt")
-    about = {"version": pk.VERSION, "form": [16, 1, 2, 256], "alpha": 0.05}
-    assert json.loads(files["about.json"]) == about | {"calibration": held.tolist()}
-    assert not [name for name in detector.state_dict() if name.startswith("d.")]
+    program, detector = exported.module(), pk.load_detector(folder / "student.pt")
+    config = {"size": 16, "channels": 1, "width": 2, "z_dim": 256, "held_out": 48}
+    assert json.loads(files["config.json"]) == config
     sizes = [(folder / name).stat().st_size for name in ("student.pt", "student.pt2")]
     assert sizes[1] < sizes[0] + 250_000
-    for n in (300, 1, 7):
-        assert torch.allclose(detector(x[:n]), pk.score(net, x[:n]), rtol=1e-5, atol=1e-5)
+    for n in (300, 1, 3, 7):
+        for value, expected in zip(program(x[:n]), detector(x[:n]), strict=True):
+            assert torch.allclose(value, expected, rtol=1e-5, atol=1e-5)
+            assert value.shape == (n,) and value.dtype == expected.dtype
+            value.numpy()  # needs no gradient
 
 
-def write_result(out, normal, seed, *, pair="digits, 4 : 2", more=(), **auroc):
+# -------------------------------------------------------------------------------------- the tables
+
+
+def write_result(folder, normal, seed, dataset="digits", changed=None, more=(), **auroc):
     auroc = {"teacher": 90.0, "student_alone": 80.0, "step1": 85.0, "step2": 88.0} | auroc
     auroc["gain"] = auroc["step2"] - auroc["student_alone"]
-    result = {"auroc": auroc, "auroc_whitened": {k: v + (k != "gain") for k, v in auroc.items()}}
-    result |= {"version": pk.VERSION, "pair": pair, "classes": ["0", "1", "2"]} | dict(more)
-    file = out / f"{pair[:4]}-{normal}-seed{seed}" / "result.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(result | {"normal": normal, "seed": seed}))
+    settings = asdict(pk.EXPERIMENTS[dataset]) | {"seed": seed} | (changed or {})
+    result = {
+        "version": pk.VERSION,
+        "dataset": dataset,
+        "source": dataset,
+        "size": 32,
+        "seed": seed,
+    }
+    result |= {"auroc": auroc, "auroc_detector": 91.0, "baselines": {"pca": 70.0}, "holdout": 0.0}
+    result |= {"settings": settings, "normal": normal} | dict(more)
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def tables_of(folder, capsys):
+    """{title: rows} of --table."""
+    assert exit_code("--table", folder) == 0
+    parts = capsys.readouterr().out.split("\n\n")
+    titles, tables = (
+        [part.strip() for part in parts[0::2]],
+        [part.splitlines() for part in parts[1::2]],
+    )
+    return dict(
+        zip(
+            titles, [[line.strip("| ").split(" | ") for line in t[2:]] for t in tables], strict=True
+        )
+    )
 
 
 def test_table_by_hand(tmp_path, capsys):
-    """A row a class and their mean over seeds, no mean where a class is missing; results of another
-    version or without an AUROC are none."""
-    for seed, alone, step2 in ((0, 80, 90), (1, 84, 92)):
-        write_result(tmp_path, "0", seed, student_alone=alone, step2=step2)
-    write_result(tmp_path, "1", 0, student_alone=70, step2=60)
-    write_result(tmp_path, "2", 0, more={"version": pk.VERSION - 1})
-    write_result(tmp_path, "0", 0, pair="parts, 8 : 2", more={"classes": ["0"]})
-    write_result(tmp_path, "0", 0, pair="z, 8 : 2", more={"auroc": {}, "auroc_whitened": {}})
-    assert exit_code("--table", str(tmp_path)) == 0
-    plain, white, parts, _ = re.split(r"\n(?:digits|parts), .*\n\n", capsys.readouterr().out)[1:]
-    means = "90.00 ± 0.00 | 82.00 ± 2.83 | 85.00 ± 0.00 | 91.00 ± 1.41 | 9.00 ± 1.41 | 2"
-    head, _, *rows = plain.splitlines()
-    assert head == "| class | teacher | student_alone | step1 | step2 | gain | n |"
-    missing = " | ".join(["missing"] * 5)
-    assert rows[:2] == [f"| 0 | {means} |", "| 1 | 90.00 | 70.00 | 85.00 | 60.00 | -10.00 | 1 |"]
-    assert rows[2:] == [f"| 2 | {missing} | 0 |", f"| mean | {missing} | 0 |"]
-    assert "| 1 | 91.00 | 71.00 | 86.00 | 61.00 | -10.00 | 1 |" in white
-    assert "| mean | 90.00 | 80.00 | 85.00 | 88.00 | 8.00 | 1 |" in parts
-    for normal in "12":
-        write_result(tmp_path, normal, 1, step2=82)
-    assert exit_code("--table", str(tmp_path)) == 0
-    mean = f"| mean | 90.00 | {244 / 3:.2f} | 85.00 | {256 / 3:.2f} | 4.00 | 1 |"
-    assert mean in capsys.readouterr().out
-    assert sys.stdout.errors == "backslashreplace" and sys.stdout.line_buffering  # "±"; at once
+    """A row for each class that is there, at any depth, and their mean over the seeds that have all."""
+    write_result(tmp_path / "a" / "0-0", "0", 0, student_alone=80, step2=90)
+    write_result(tmp_path / "a" / "b" / "0-1", "0", 1, student_alone=84, step2=92)
+    write_result(tmp_path / "1-0", "1", 0, student_alone=70, step2=60)
+    write_result(tmp_path / "no anomalies", "2", 0, more={"auroc": {}})
+    [(title, rows)] = tables_of(tmp_path, capsys).items()
+    assert title == "digits" and [row[0] for row in rows] == ["0", "1", "mean of 2"]
+    assert rows[0][1:6] == [
+        "90.00 ± 0.00",
+        "82.00 ± 2.83",
+        "85.00 ± 0.00",
+        "91.00 ± 1.41",
+        "9.00 ± 1.41",
+    ]
+    assert rows[0][6:] == ["91.00 ± 0.00", "70.00 ± 0.00", "2"]
+    assert rows[1][1:] == ["90.00", "70.00", "85.00", "60.00", "-10.00", "91.00", "70.00", "1"]
+    assert rows[2][1:] == ["90.00", "75.00", "85.00", "75.00", "0.00", "91.00", "70.00", "1"]
+    write_result(tmp_path / "1-1", "1", 1, step2=82)
+    rows = tables_of(tmp_path, capsys)["digits"]
+    assert rows[2][4:] == ["81.00 ± 8.49", "2.50 ± 3.54", "91.00 ± 0.00", "70.00 ± 0.00", "2"]
+
+
+def test_each_set_of_settings_has_a_table_whose_title_says_what_differs(tmp_path, capsys):
+    write_result(tmp_path / "1", "0", 0)
+    write_result(tmp_path / "2", "0", 0, changed={"batch": 4, "lr_student": 0.5})
+    write_result(tmp_path / "3", "0", 0, more={"size": 64, "holdout": 0.1})
+    write_result(tmp_path / "4", "0", 0, more={"version": 99})
+    write_result(tmp_path / "5", "0", 0, dataset="folder", more={"holdout": 0.2, "source": "parts"})
+    tables = tables_of(tmp_path, capsys)
+    assert set(tables) == {
+        "digits",
+        "digits, batch 4, lr_student 0.5",
+        "digits, size 64, holdout 0.1",
+        "digits, version 99",
+        "parts",
+    }
+    assert all(row[-1] == "1" for rows in tables.values() for row in rows)
+
+
+def test_a_result_that_cannot_be_read_is_named_and_left_out(tmp_path, capsys):
+    write_result(tmp_path / "whole", "0", 0)
+    for k, text in enumerate(("", '{"vers', '{"accuracy": 1}', "[1]")):
+        (tmp_path / f"broken {k}").mkdir()
+        (tmp_path / f"broken {k}" / "result.json").write_text(text)
+    assert exit_code("--table", tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert "| 0 |" in out and [f"broken {k}/result.json" in err for k in range(4)] == [True] * 4
+    shutil.rmtree(tmp_path / "whole")
+    assert exit_code("--table", tmp_path) == 1 and "no results" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------- run_all.sh
@@ -1191,15 +1388,17 @@ def test_table_by_hand(tmp_path, capsys):
 STUB = """
 import os, sys, time
 with open("calls.txt", "a") as calls:
-    print(os.getpid(), os.environ.get("OMP_NUM_THREADS"), *sys.argv[1:], file=calls)
-if "nosuch" in sys.argv:
-    sys.exit(print("no such data set", file=sys.stderr) or 2)
+    print(os.getpid(), *sys.argv[1:], sep="|", file=calls)
 if "--table" in sys.argv:
-    print("the tables")
-elif "--skip-finished" in sys.argv:
-    time.sleep(60 if "--slow" in sys.argv else 0.3)
-    print("first line")
-    sys.exit("no such class" if "99" in sys.argv else 0)
+    sys.exit(print("the tables"))
+time.sleep(60 if "--slow" in sys.argv else 0.3)
+print("first line")
+if "99" in sys.argv:
+    sys.exit("no such class")
+out = sys.argv[sys.argv.index("--out") + 1]
+os.mkdir(out)
+for name in ("result.json", "student.pt"):
+    open(os.path.join(out, name), "w").close()
 """  # stands for pkdgan.py
 
 
@@ -1210,64 +1409,58 @@ def run_all(tmp_path, *flags, start=subprocess.run, pkdgan=STUB, **variables):
     script = shutil.copy(HERE / "run_all.sh", home)
     (home / "pkdgan.py").write_text(pkdgan)
     env = ENVIRONMENT | {"DATASETS": "digits", "NORMALS": "0 1", "OUT": "my runs"} | variables
-    call = ["bash", variables.get("SCRIPT", script), *flags]
-    return start(call, cwd=tmp_path, env=env, start_new_session=True, **PIPES)
+    return start(["bash", script, *flags], cwd=tmp_path, env=env, start_new_session=True, **PIPES)
 
 
-def calls(tmp_path, word="--skip-finished"):
-    """The stub's calls with a word: [process, threads, flags...] of each."""
+def calls(tmp_path, word="--normal"):
+    """The stub's calls with a word: [process, flags...] of each."""
     file = tmp_path / "calls.txt"
     lines = file.read_text().splitlines() if file.exists() else []
-    return [line.split() for line in lines if word in line.split()]
+    return [line.split("|") for line in lines if word in line.split("|")]
 
 
 def runs_of(tmp_path):
-    """(data set, seed, class) of each run, in order."""
+    """(data set, seed, class, folder) of each run, in order."""
     flags = [dict(pairwise(words)) for words in calls(tmp_path)]
-    return [(its["--dataset"], its["--seed"], its["--normal"]) for its in flags]
+    return [
+        tuple(its[f"--{name}"] for name in ("dataset", "seed", "normal", "out")) for its in flags
+    ]
 
 
 def test_run_all_runs_each_once_then_prints_the_tables(tmp_path):
-    done = run_all(tmp_path, "--kd-adv", "3", DATASETS="digits folder", SEEDS="0 5")
+    done = run_all(tmp_path, DATASETS="digits folder", SEEDS="0 5", NORMALS="0 o'b a/b")
     assert (done.returncode, done.stderr) == (0, "")
-    every = [(d, s, n) for d in ("digits", "folder") for s in "05" for n in "01"]
-    assert runs_of(tmp_path) == every
-    assert all(" ".join(words).count("--kd-adv 3") == 1 for words in calls(tmp_path))
-    *lines, last = done.stdout.splitlines()
-    logs = [f"my runs/{d}-{n}-seed{s}.log" for d, s, n in every]
-    assert lines == [f"[{k}/8] {log}" for k, log in enumerate(logs, 1)] and last == "the tables"
-    assert calls(tmp_path, "--table")[-1][2:] == ["--table", "my", "runs"]
-    assert run_all(tmp_path, NORMALS="1").returncode == 0
-    log = (tmp_path / "my runs" / "digits-1-seed0.log").read_text()
-    assert log == "first line\n" * 2  # appended: nothing is lost
+    every = [(d, s, n) for d in ("digits", "folder") for s in "05" for n in ("0", "o'b", "a/b")]
+    folders = [f"my runs/{d}-{n.replace('/', '-')}-seed{s}" for d, s, n in every]
+    assert runs_of(tmp_path) == [(*run, out) for run, out in zip(every, folders, strict=True)]
+    assert done.stdout.splitlines() == [*folders, "the tables"]
+    assert calls(tmp_path, "--table")[0][1:] == ["--table", "my runs"]
+    assert (tmp_path / f"{folders[0]}.log").read_text() == "first line\n"
+    again = run_all(tmp_path, DATASETS="digits folder", SEEDS="0 5", NORMALS="0 o'b a/b")
+    assert again.stdout == "the tables\n" and len(calls(tmp_path)) == 12
+    (tmp_path / folders[3] / "student.pt").unlink()  # a lost file: the run is made anew
+    shutil.rmtree(tmp_path / folders[4])
+    shutil.rmtree(tmp_path / folders[3])
+    assert run_all(tmp_path, DATASETS="digits", SEEDS="5", NORMALS="0 o'b").returncode == 0
+    assert len(calls(tmp_path)) == 14
+
+
+def test_run_all_with_flags_has_a_folder_of_its_own(tmp_path):
+    """So that two sets of settings never mix; words stay whole."""
+    done = run_all(tmp_path, "--data", "a b/c", "--w-own", "0", NORMALS="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    out = "my runs/--data a b_c --w-own 0"
+    assert runs_of(tmp_path) == [("digits", "0", "1", f"{out}/digits-1-seed0")]
+    assert calls(tmp_path)[0][-4:] == ["--data", "a b/c", "--w-own", "0"]
+    assert calls(tmp_path, "--table")[0][1:] == ["--table", out]
 
 
 def test_run_all_two_at_a_time_names_what_failed(tmp_path):
     began = time.monotonic()
-    done = run_all(tmp_path, JOBS="2", NORMALS="99 a/b 0 1 2 3", OMP_NUM_THREADS="4")
+    done = run_all(tmp_path, JOBS="2", NORMALS="99 0 1 2 3 4")
     assert done.returncode == 1 and time.monotonic() - began < 6 * 0.3 + 0.5
-    failed = "no result: my runs/digits-99-seed0.log: no such class"
-    assert done.stderr.splitlines() == [failed]
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:6]] == [f"[{k}/6]" for k in range(1, 7)]
-    assert any(line.endswith(failed) for line in lines) and lines[-1] == "the tables"
-    assert {words[1] for words in calls(tmp_path)} == {"2"}  # threads: those of a job
-
-
-def test_run_all_says_at_once_what_is_finished_and_keeps_what_stands_in_a_file(tmp_path):
-    """Such as Slurm's, to which stdout and stderr go."""
-    file = tmp_path / "both.txt"
-    file.write_text("of others\n")
-    with open(file, "a") as both:
-        pipes = {"stdout": both, "stderr": both}
-        how = {"start": lambda call, **options: subprocess.Popen(call, **options | pipes)}
-        started = run_all(tmp_path, NORMALS="0 99 1 2 3 4 99", **how)
-        while len(calls(tmp_path)) < 5:
-            assert started.poll() is None
-        assert "[2/7] " in file.read_text()
-        started.wait()
-    text = file.read_text()
-    assert text.startswith("of others\n[1/7] ") and all(f"[{k}/7] " in text for k in range(1, 8))
+    assert done.stderr == "failed: see my runs/digits-99-seed0.log\n"
+    assert len(runs_of(tmp_path)) == 6 and done.stdout.splitlines()[-1] == "the tables"
 
 
 def alive(process):
@@ -1276,7 +1469,7 @@ def alive(process):
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_run_all_ends_with_all_its_runs(number, tmp_path):
     started = run_all(tmp_path, "--slow", JOBS="2", NORMALS="0 1 2 3", start=subprocess.Popen)
     while len(calls(tmp_path)) < 2:
@@ -1285,72 +1478,33 @@ def test_run_all_ends_with_all_its_runs(number, tmp_path):
     assert all(map(alive, running))
     started.send_signal(number)
     assert "tables" not in started.communicate(timeout=20)[0] and started.returncode != 0
-    time.sleep(1)
+    time.sleep(0.5)
     assert len(calls(tmp_path)) == 2 and not any(map(alive, running))
 
 
-def test_run_all_shares_out_a_slurm_array(tmp_path):
-    def task(number, **array):  # array: of --array=3-7:2
-        variables = {f"SLURM_ARRAY_TASK_{key}": value for key, value in array.items()}
-        copy = shutil.copy(HERE / "run_all.sh", tmp_path / "slurm_script")  # Slurm starts a copy
-        variables |= {"SLURM_ARRAY_TASK_ID": number, "SCRIPT": str(copy)}
-        variables |= {"SLURM_SUBMIT_DIR": str(tmp_path / "of mine")}
-        (tmp_path / "calls.txt").unlink(missing_ok=True)
-        done = run_all(tmp_path, "--kd-adv", "3", NORMALS="0 1 2 3 4", **variables)
-        assert "tables" not in done.stdout  # no table of a share
-        return done.returncode, done.stderr.count("\n"), [run[2] for run in runs_of(tmp_path)]
-
-    shares = [task(number, MIN="3", STEP="2", COUNT="3") for number in "357"]
-    assert shares == [(0, 0, ["0", "3"]), (0, 0, ["1", "4"]), (0, 0, ["2"])]
-    assert task("7", MIN="3", COUNT="2") == (2, 1, [])  # --array=3,7
-    assert task("9", MIN="0", COUNT="10") == (0, 0, [])  # more tasks than runs
-
-
-USAGE = [("no such data set", [], {"DATASETS": "digits nosuch"}), ("SEEDS", ["--seed", "5"], {})]
-USAGE += [("NORMALS", ["--normal=7"], {}), ("DATASETS", ["--dataset", "mnist"], {})]
-USAGE += [("OUT", ["--out", "other"], {})] + [(f"JOBS={n}", [], {"JOBS": n}) for n in ("x", "0")]
-
-
-@pytest.mark.parametrize("words, flags, variables", USAGE)
-def test_run_all_starts_nothing_on_a_usage_error(words, flags, variables, tmp_path):
-    done = run_all(tmp_path, *flags, **variables)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
-    assert done.stdout == "" and not (tmp_path / "my runs").exists()
-
-
-@in_background
-def test_run_all_takes_no_flags_that_pkdgan_refuses(tmp_path):
-    """Said once, before any run."""
-    real = {"pkdgan": (HERE / "pkdgan.py").read_text(), "NORMALS": "99"}
-    for flags in (["--what"], ["--batch", "0"]):
-        done = run_all(tmp_path, *flags, **real)
-        assert done.returncode == 2 and flags[0] in done.stderr
-        assert not (tmp_path / "my runs").exists()
-
-
-def test_run_all_where_out_is_a_file_or_there_is_only_python3(tmp_path):
+def test_run_all_where_out_is_a_file(tmp_path):
     (tmp_path / "my runs").write_text("")
     done = run_all(tmp_path)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "runs" in done.stderr
-    (tmp_path / "bin").mkdir()
-    for name in ("bash", "awk", "dirname", "getconf", "mkdir", "tail", "tee", "wc", "xargs"):
-        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
-    (tmp_path / "bin" / "python3").symlink_to(sys.executable)
-    done = run_all(tmp_path, PATH=str(tmp_path / "bin"), OUT="third")
-    assert (done.returncode, done.stderr) == (0, "") and "the tables" in done.stdout
+    assert calls(tmp_path) == []
 
 
 @in_background
 def test_run_all_with_the_real_program(tmp_path):
-    """A run, a failed one and the tables; started again, what is finished is skipped."""
-    real, folder = {"pkdgan": (HERE / "pkdgan.py").read_text()}, tmp_path / "my runs/digits-0-seed0"
+    """A run, a failed one and the tables; started again with what fails, no old row is shown."""
+    real = {"pkdgan": (HERE / "pkdgan.py").read_text(), "DATASETS": "digits"}
+    out = tmp_path / "my runs" / " ".join(FAST)
     done = run_all(tmp_path, *FAST, NORMALS="0 99", JOBS="2", **real)
-    assert done.returncode == 1
-    assert re.fullmatch(r"no result: .*99-seed0.log: pkdgan.py: --normal 99: .*\n", done.stderr)
-    step2 = json.loads((folder / "result.json").read_text())["auroc"]["step2"]
-    assert names_in(folder) == FILES and re.search(rf"\| 0 \| .*\| {step2:.2f} \|", done.stdout)
-    again = run_all(tmp_path, *FAST, NORMALS="0", **real)
-    assert again.returncode == 0 and "finished before" in Path(f"{folder}.log").read_text()
+    assert done.returncode == 1 and re.fullmatch(r"failed: see .*-99-seed0.log\n", done.stderr)
+    folder = out / "digits-0-seed0"
+    assert names_in(folder) == sorted(pk.FILES)
+    step2 = result_in(folder)["auroc"]["step2"]
+    assert re.search(rf"\| 0 \| .*\| {step2:.2f} \|", done.stdout)
+    broken = run_all(tmp_path, *FAST, "--lr-teacher", "1e30", NORMALS="0", **real)
+    assert broken.returncode == 1 and "| 0 |" not in broken.stdout
+
+
+# -------------------------------------------------------------------------------------- the project
 
 
 def test_readme_names_what_there_is_and_line_endings_stay():
@@ -1361,25 +1515,26 @@ def test_readme_names_what_there_is_and_line_endings_stay():
     assert {name for name in named if not hasattr(pk, name)} == set()
     losses = {name for name in vars(pk) if name.endswith("_loss")}
     assert losses <= named and len(losses) == 7
-    known = {"--" + name.replace("_", "-") for name in vars(pk.parse([]))} | {"--array", "--help"}
+    known = {item.name for values in (pk.Options, pk.Settings) for item in fields(values)}
+    known = {"--" + name.replace("_", "-") for name in known | {"score", "table", "help", "array"}}
     assert set(re.findall(r"(?<=[ `])--[a-z][a-z0-9-]+", readme)) <= known
 
 
 def test_one_thread_unless_told_otherwise(monkeypatch):
     """More of them wait for one another where two runs share the cores."""
     seen = []
-    monkeypatch.setattr(pk, "run", lambda args: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(pk, "run", lambda *given: seen.append(torch.get_num_threads()))
     for told in (None, "2"):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         if told:
             monkeypatch.setenv("OMP_NUM_THREADS", told)
         torch.set_num_threads(2)
-        assert pk.main([]) is None
+        assert pk.main([]) == 0
     torch.set_num_threads(1)
     assert seen == [1, 2]
 
 
 def test_everything_public_has_a_docstring():
     for name, item in vars(pk).items():
-        if getattr(item, "__module__", "") == "pkdgan" and name != "Task":
+        if getattr(item, "__module__", "") == "pkdgan":
             assert item.__doc__, name
