@@ -5,9 +5,9 @@
     python pkdgan.py --dataset cifar10 --normal 3    # one of the paper's runs; --help has the flags
 
 The method is that of Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for
-One-class Novelty Detection", IJCAI 2020 (arXiv 2007.06963). We did not have its full text. [paper]
-marks what its abstract, its follow-up's abstract (arXiv 2109.07295) and public listings say, [ours]
-what we decided; what comes from elsewhere is cited.
+One-class Novelty Detection", IJCAI 2020 (arXiv 2007.06963). We did not have its text: [paper] marks
+what its abstract, its follow-up's abstract (arXiv 2109.07295) and public listings say, and [ours]
+what we decided. What comes from elsewhere is cited.
 
 A GAN has a generator G and a discriminator D. It sees images x of one normal class only, and G
 learns to reconstruct first the image and then the image's code:
@@ -18,23 +18,25 @@ On an anomaly the two codes disagree: the anomaly score is ||z - z_hat||_2 [pape
 (suffix _t) learns this by itself. A narrow student (suffix _s) learns it from the teacher, at first
 from the frozen teacher alone, then together with it [paper]. train_stages() runs all stages:
 
-    stage            trains     its D tells                its G minimises
-    teacher          teacher    x from x_hat_t             L_G
-    student_alone    student    x from x_hat_s             L_G                  (the baseline)
-    step1            student    x_hat_t from x_hat_s       L_KD                 (a frozen teacher)
-    step2            student    x_hat_t from x_hat_s,      L_KD + w_own L_G
-                                and x from x_hat_s
-                     teacher    x from x_hat_t             L_G
+    stage            trains     its D minimises                      its G minimises
+    teacher          teacher    L_D(x, x_hat_t)                      L_G
+    student_alone    student    L_D(x, x_hat_s)                      L_G
+    step1            student    kd_adv L_D(x_hat_t, x_hat_s)         L_KD
+    step2            student    kd_adv L_D(x_hat_t, x_hat_s)         L_KD + w_own L_G
+                                + w_own L_D(x, x_hat_s)
+                     teacher    L_D(x, x_hat_t)                      L_G
 
+    L_D(real, fake)                                                   D tells real from fake
     L_G  = w_adv L_adv + w_con L_con + w_lat L_lat                    a GAN's own losses
     L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd    the distillation losses
 
+The student alone is the baseline: the same net, from the same initial weights, trained for as many
+updates as both steps. Step 2 goes on with step 1's student, its D included, and a new optimizer.
+
 The method ends at the line "# ====". Pasted alone, it trains:
 
-    nets = train_stages(x, Settings())    # x: normal images (N, C, 32, 32) in [-1, 1]
-    scores = score(nets["step2"], x)      # (N,), high is anomalous
-
-Not handled: images that are not square, mixed precision, several GPUs, pretrained features.
+    nets = train_stages(x, EXPERIMENTS["mnist"])    # x: normal images (N, C, 32, 32) in [-1, 1]
+    scores = score(nets["step2"], x_new)            # (N,), high is anomalous
 """
 
 import copy
@@ -50,27 +52,26 @@ from torch import nn
 
 
 # ----------------------------------------------------------------------------------------- settings
-def setting(default, text, low=0, high=math.inf, choices=None):
+def setting(default, text, low=0, high=math.inf):
     """A dataclass field with a default, the text of its flag and its range: low <= value < high."""
-    metadata = {"text": text, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"text": text, "low": low, "high": high})
 
 
 @dataclass
 class Settings:
-    """Everything that the training depends on, beside the images."""
+    """Everything that the training depends on besides the images."""
 
     # the networks
     teacher_width: int = setting(32, "channels of the teacher's first block", low=1)
     student_width: int = setting(2, "channels of the student's first block", low=1)
     z_dim: int = setting(256, "numbers in a code z or z_hat, teacher and student alike", low=2)
-    # the length of each stage, in updates; the student alone gets as many as both steps together
+    # the length of each stage; the student alone gets as many updates as both steps together
     teacher_updates: int = setting(700, "updates of the teacher")
     alone_updates: int = setting(2160, "updates of the student alone")
     step1_updates: int = setting(1800, "updates of step 1")
     step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
-    # the peak learning rates; a wider net needs a lower one
+    # the peak learning rates
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in step 1")
     lr_step2_student: float = setting(4e-4, "learning rate of the student in step 2")
@@ -82,14 +83,15 @@ class Settings:
     w_own: float = setting(1.0, "weight of the student's own losses in step 2")
     kd_inter: float = setting(100.0, "weight of the intermediate distillation loss")
     kd_latent: float = setting(100.0, "weight of the latent distillation loss")
-    kd_adv: float = setting(10.0, "weight of the adversarial distillation loss, and of D's in it")
+    kd_adv: float = setting(10.0, "weight of the adversarial distillation loss, G's and D's")
     # chance
     seed: int = setting(0, "random seed of initial weights and of the images' order", high=2**32)
 
 
-# What the run of each data set uses; its widths reach the paper's ratio of computation.
+# What the run of each data set uses; behind it, how many times as many operations (FLOPs) as the
+# student the teacher takes, and the paper's figure.
 EXPERIMENTS = {
-    "digits": Settings(
+    "digits": Settings(  # 230, a smoke test
         student_width=1,
         teacher_updates=160,
         alone_updates=400,
@@ -100,7 +102,7 @@ EXPERIMENTS = {
         lr_step2_student=0.004,
         w_con=10.0,
     ),
-    "mnist": Settings(
+    "mnist": Settings(  # 352, paper 311
         teacher_width=40,
         student_width=1,
         lr_teacher=8e-4,
@@ -108,23 +110,28 @@ EXPERIMENTS = {
         lr_step2_student=0.004,
         w_con=10.0,
     ),
-    "fmnist": Settings(teacher_width=58, student_width=1, lr_teacher=6e-4),
-    "cifar10": Settings(teacher_width=64, student_width=8, lr_teacher=5e-4),
-    "folder": Settings(lr_step2_teacher=1e-5),
+    "fmnist": Settings(teacher_width=58, student_width=1, lr_teacher=6e-4),  # 719, paper 700
+    "cifar10": Settings(teacher_width=64, student_width=8, lr_teacher=5e-4),  # 40, paper 24
+    "folder": Settings(lr_step2_teacher=1e-5),  # 76
 }
 
 # ----------------------------------------------------------------------------------------- networks
 # Comments give the shapes for images of 32 x 32 and a width of w; C is 1 or 3 channels.
 #
-# nn.InstanceNorm2d normalises each channel of each image by itself (Ulyanov et al. 2016) [ours].
-# Batch normalisation does the same at a batch size of 1, where the authors had their best results
-# (arXiv 2109.07295). There are no running statistics: training and evaluation mode are the same,
-# and no score depends on the batch that an image came in.
+# The authors had their best results at a batch size of 1 (arXiv 2109.07295). There, batch
+# normalisation normalises each channel of each image by itself, which is instance normalisation
+# (Ulyanov et al. 2016): we take that, at any batch size [ours]. It keeps no running statistics, so
+# training and evaluation mode are the same, and no score depends on an image's batch.
+
+
+SIZES = [16, 32, 64, 128, 256, 512]  # of images, which are square
 
 
 def block_widths(size, width):
     """The channels of each block between an image of size x size and 4 x 4: they double, up to 8 *
     width, as in DCGAN (Radford et al. 2016). By hand: block_widths(32, 64) = [64, 128, 256]"""
+    if size not in SIZES:
+        raise ValueError(f"images are {size} x {size}: resize them to one of {SIZES}")
     blocks = int(math.log2(size)) - 2
     return [width * min(2**block, 8) for block in range(blocks)]
 
@@ -199,7 +206,7 @@ class Generator(nn.Module):
 
 class GAN(nn.Module):
     """A generator g and a discriminator d, whose output is a logit, high for what is real. Teacher
-    and student differ in width alone. size is a power of two, 16 or more."""
+    and student differ in width alone."""
 
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
@@ -210,12 +217,13 @@ class GAN(nn.Module):
 # ------------------------------------------------------------------------------------------- losses
 # E[] is the mean over images and elements, so that a weight means the same at any size. In the
 # distillation losses, whatever comes from the teacher is detached [ours]: else the teacher could
-# lower them by becoming as poor as the student.
+# lower them by becoming as poor as the student. Lists in "by hand" stand for tensors.
 
 
 def discriminator_loss(logit_real, logit_fake):
     """L_D = -1/2 E[log sigmoid(D(real))] - 1/2 E[log(1 - sigmoid(D(fake)))] of logits (B, 1)
     (Goodfellow et al. 2014). By hand: discriminator_loss([0.], [0.]) = -log(1/2) = 0.6931"""
+    # -log sigmoid(a) = softplus(-a), and -log(1 - sigmoid(a)) = softplus(a)
     return (F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()) / 2
 
 
@@ -236,7 +244,7 @@ def latent_loss(z, z_hat):
 
 
 def intermediate_distillation_loss(x_hat_t, x_hat_s):
-    """L_inter = E[|x_hat_t - x_hat_s|], of what stands between the two encoders [paper].
+    """L_inter = E[|x_hat_t - x_hat_s|]: what is intermediate is the reconstruction [paper].
     By hand: intermediate_distillation_loss([1.], [0.5]) = 0.5"""
     return F.l1_loss(x_hat_s, x_hat_t.detach())
 
@@ -251,6 +259,10 @@ def adversarial_distillation_loss(f_t, f_s):
     """L_adv_kd = E[(f(x_hat_t) - f(x_hat_s))^2], f is the last block of the student's D [ours].
     By hand: adversarial_distillation_loss([1., 2.], [0., 2.]) = 0.5"""
     return F.mse_loss(f_s, f_t.detach())
+
+
+# The next two functions return (loss for D, loss for G), whose graphs overlap. A loss is meant for
+# its own net alone: take its gradient by loss.backward(inputs=...), as fit() does.
 
 
 def gan_losses(gan, x, out, settings):
@@ -284,9 +296,9 @@ def distillation_losses(student, out_t, out_s, settings):
 
 
 # ----------------------------------------------------------------------------------------- training
-def share_of_peak_rate(update, updates):
-    """The learning rate of an update (the first is 0), as a share of its peak: it rises linearly in
-    the first 15 % of the updates, then falls to zero as a cosine [ours]. It is taken in the middle
+def rate_factor(update, updates):
+    """What the peak learning rate is multiplied by in an update (the first is 0): a line up from 0
+    in the first 15 % of the updates, then half a cosine down to 0 [ours]. It is taken in the middle
     of an update, so that a stage of a single update learns, too."""
     progress = (update + 0.5) / updates
     if progress < 0.15:
@@ -295,21 +307,22 @@ def share_of_peak_rate(update, updates):
 
 
 def shuffled_batches(n, updates, settings):
-    """The indices of each update's images: all n images in a random order, then again in another
-    one, as often as needed. Every batch is whole. The seed alone decides the orders."""
-    generator = torch.Generator().manual_seed(settings.seed)
+    """The indices of each update's images: all n images in a random order, then again in another,
+    as often as needed. Every batch is whole. The orders are those of the seed, in every stage."""
+    rng = torch.Generator().manual_seed(settings.seed)
     passes = math.ceil(updates * settings.batch / n)
-    orders = [torch.randperm(n, generator=generator) for _ in range(passes)]
-    return torch.cat(orders).split(settings.batch)[:updates]
+    order = torch.cat([torch.randperm(n, generator=rng) for _ in range(passes)])
+    return order.split(settings.batch)[:updates]
 
 
-def fit(stage, net, losses, gans, rates, updates, x, settings, report):
+def fit(stage, gans, rates, losses, updates, x, settings, report):
     """Train GANs in place.
 
-    stage, net: the name of the stage and the GAN that it is about, which report() is told
-    losses: given the indices of a batch of x, it returns (the loss of the D's, that of the G's)
+    stage: its name, for report()
     gans, rates: the GANs that move, and the peak learning rate of each
-    report: None, or called ten times: report(stage, net, update, updates, loss_d, loss_g)
+    losses: a function of the indices of a batch of x -> (the loss of all D's, that of all G's)
+    report: None, or called at each tenth of the updates: report(stage, the first of the gans,
+        update, updates, loss_d, loss_g)
     Raises FloatingPointError when a loss overflows.
     """
     if updates == 0:
@@ -317,49 +330,54 @@ def fit(stage, net, losses, gans, rates, updates, x, settings, report):
     # 1. One Adam moves all GANs, each at its own rate. Its betas are DCGAN's.
     groups = [{"params": gan.parameters(), "lr": r} for gan, r in zip(gans, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda update: share_of_peak_rate(update, updates)
-    )
-    d_weights = [weight for gan in gans for weight in gan.d.parameters()]
-    g_weights = [weight for gan in gans for weight in gan.g.parameters()]
-    tenths = {math.ceil(updates * tenth / 10) for tenth in range(1, 11)}
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: rate_factor(u, updates))
+    d_params = [p for gan in gans for p in gan.d.parameters()]
+    g_params = [p for gan in gans for p in gan.g.parameters()]
+    tenths = [math.ceil(updates * tenth / 10) for tenth in range(1, 11)]
 
-    for update, batch in enumerate(shuffled_batches(len(x), updates, settings), start=1):
+    for update, indices in enumerate(shuffled_batches(len(x), updates, settings), start=1):
         # 2. Both losses come from the weights as they are now.
-        loss_d, loss_g = losses(batch.to(x.device))
+        loss_d, loss_g = losses(indices.to(x.device))
 
         # 3. The D's get the gradient of loss_d alone, the G's that of loss_g alone. Both are taken
         #    before anything moves, so that the two losses can share D(x_hat).
         optimizer.zero_grad()
-        loss_d.backward(inputs=d_weights, retain_graph=True)
-        loss_g.backward(inputs=g_weights)
+        loss_d.backward(inputs=d_params, retain_graph=True)
+        loss_g.backward(inputs=g_params)
 
         # 4. Everything moves.
         optimizer.step()
         schedule.step()
 
-        # 5. Ten times a stage, look at the losses: reading them waits for the device.
+        # 5. At each tenth, look at the losses. Not more often: .item() waits for a GPU.
         if update in tenths:
             d, g = loss_d.item(), loss_g.item()
             if not math.isfinite(d + g):
                 raise FloatingPointError(f"{stage}: a loss overflows: lower the learning rates")
             if report is not None:
-                report(stage, net, update, updates, d, g)
+                report(stage, gans[0], update, updates, d, g)
 
 
 # ------------------------------------------------------------------------------------------- stages
+def new_gan(x, width, settings):
+    """A GAN of a width for images like x. Its initial weights are those of the seed."""
+    torch.manual_seed(settings.seed)
+    return GAN(x.shape[3], x.shape[1], width, settings.z_dim).to(x.device)
+
+
 def train_gan(stage, gan, x, rate, updates, settings, report=None):
     """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone"."""
 
-    def losses(i):
-        """The GAN's own losses on the images of index i."""
-        return gan_losses(gan, x[i], gan.g(x[i]), settings)
+    def losses(indices):
+        """The GAN's own losses."""
+        out = gan.g(x[indices])
+        return gan_losses(gan, x[indices], out, settings)
 
-    fit(stage, gan, losses, [gan], [rate], updates, x, settings, report)
+    fit(stage, [gan], [rate], losses, updates, x, settings, report)
 
 
 def parts_of(x):
-    """Images x in parts that fit a CPU's cache: as many images each as make 128 of 32 x 32."""
+    """Images x in parts that fit a CPU's cache: of as many pixels as 128 images of 32 x 32."""
     pixels = x.shape[2] * x.shape[3]
     return x.split(max(1, 128 * 32 * 32 // pixels))
 
@@ -373,45 +391,42 @@ def train_step1(student, teacher, x, settings, report=None):
     x_hat_t = torch.cat([out.x_hat for out in outs])
     z_hat_t = torch.cat([out.z_hat for out in outs])
 
-    def losses(i):
-        """The student's distillation losses on the images of index i."""
-        out_t = Generated(z_t[i], x_hat_t[i], z_hat_t[i])
-        out_s = student.g(x[i])
+    def losses(indices):
+        """The student's distillation losses."""
+        out_t = Generated(z_t[indices], x_hat_t[indices], z_hat_t[indices])
+        out_s = student.g(x[indices])
         return distillation_losses(student, out_t, out_s, settings)
 
     rate, updates = settings.lr_student, settings.step1_updates
-    fit("step1", student, losses, [student], [rate], updates, x, settings, report)
+    fit("step1", [student], [rate], losses, updates, x, settings, report)
 
 
 def train_step2(student, teacher, x, settings, report=None):
-    """Step 2: student and teacher train on together, in place. Distillation moves only the student.
-    With a new student, a teacher's rate of 0 or not, and w_own = 0 or not, these are the four
-    single-step structures that the paper compares."""
-    w_own = settings.w_own
+    """Step 2: student and teacher train on together, in place; distillation moves only the student.
 
-    def losses(i):
-        """The student's distillation and own losses, and the teacher's own losses."""
-        out_t = teacher.g(x[i])
-        out_s = student.g(x[i])
+    The paper compares four single steps: a teacher that is frozen (lr_step2_teacher = 0) or not,
+    and a student without its own losses (w_own = 0) or with them. Each is this one step, given a
+    new student."""
+
+    def losses(indices):
+        """The student's distillation losses and own losses, and the teacher's own losses."""
+        out_t = teacher.g(x[indices])
+        out_s = student.g(x[indices])
         kd_d, kd_g = distillation_losses(student, out_t, out_s, settings)
-        own_d, own_g = gan_losses(student, x[i], out_s, settings)
-        teacher_d, teacher_g = gan_losses(teacher, x[i], out_t, settings)
-        return kd_d + w_own * own_d + teacher_d, kd_g + w_own * own_g + teacher_g
+        own_d, own_g = gan_losses(student, x[indices], out_s, settings)
+        teacher_d, teacher_g = gan_losses(teacher, x[indices], out_t, settings)
+        loss_d = kd_d + settings.w_own * own_d + teacher_d
+        loss_g = kd_g + settings.w_own * own_g + teacher_g
+        return loss_d, loss_g
 
     gans, rates = [student, teacher], [settings.lr_step2_student, settings.lr_step2_teacher]
-    fit("step2", student, losses, gans, rates, settings.step2_updates, x, settings, report)
-
-
-def new_gan(x, width, settings):
-    """A GAN of a width for images like x. The seed alone decides its initial weights."""
-    torch.manual_seed(settings.seed)
-    return GAN(x.shape[3], x.shape[1], width, settings.z_dim).to(x.device)
+    fit("step2", gans, rates, losses, settings.step2_updates, x, settings, report)
 
 
 def train_stages(x, settings, report=None, teacher=None):
-    """Train all stages on normal images x (N, C, size, size) in [-1, 1]; size is a power of two, 16
-    or more. report: as in fit(). teacher: a trained GAN, where none is to be trained. Returns the
-    GANs by name: the four stages, and teacher_step2, the teacher as step 2 leaves it."""
+    """Train all stages on normal images x (N, C, size, size) in [-1, 1], size one of SIZES.
+    report: see fit(). teacher: a trained GAN; without one, the first stage trains it. Returns the
+    GAN that each stage leaves, by the stage's name, and "teacher_step2", its teacher."""
     if teacher is None:
         teacher = new_gan(x, settings.teacher_width, settings)
         rate, updates = settings.lr_teacher, settings.teacher_updates
@@ -421,21 +436,21 @@ def train_stages(x, settings, report=None, teacher=None):
     rate, updates = settings.lr_student, settings.alone_updates
     train_gan("student_alone", student_alone, x, rate, updates, settings, report)
 
-    step1 = new_gan(x, settings.student_width, settings)
-    train_step1(step1, teacher, x, settings, report)
+    student_step1 = new_gan(x, settings.student_width, settings)
+    train_step1(student_step1, teacher, x, settings, report)
 
-    step2 = copy.deepcopy(step1)  # so that the nets of step 1 stay as they are
-    teacher_step2 = copy.deepcopy(teacher)
-    train_step2(step2, teacher_step2, x, settings, report)
+    # Step 2 goes on with copies: what the earlier stages made stays as it is.
+    student_step2, teacher_step2 = copy.deepcopy(student_step1), copy.deepcopy(teacher)
+    train_step2(student_step2, teacher_step2, x, settings, report)
 
-    nets = {"teacher": teacher, "student_alone": student_alone, "step1": step1, "step2": step2}
-    return nets | {"teacher_step2": teacher_step2}
+    nets = {"teacher": teacher, "student_alone": student_alone, "step1": student_step1}
+    return nets | {"step2": student_step2, "teacher_step2": teacher_step2}
 
 
 # -------------------------------------------------------------------------------------------- score
 @torch.no_grad()
 def residuals(generator, x):
-    """z - z_hat (N, z_dim) of images x (N, C, size, size) in [-1, 1], N > 0, each by itself."""
+    """z - z_hat (N, z_dim) of images x (N, C, size, size) in [-1, 1]; there is at least one."""
     outs = [generator(part) for part in parts_of(x)]
     return torch.cat([out.z - out.z_hat for out in outs])
 
@@ -463,7 +478,6 @@ import signal
 import statistics
 import sys
 import tempfile
-import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from time import monotonic
@@ -490,12 +504,10 @@ EXAMPLES = """Learn from images of one normal class, and score any image by how 
 class Options:
     """What a run needs to know beside its Settings: its images, and where its files go."""
 
-    dataset: str = setting(
-        "digits", "what to train on; folder: your own images", choices=EXPERIMENTS
-    )
+    dataset: str = setting("digits", "digits, mnist, fmnist, cifar10, or folder: your own images")
     normal: str = setting("8", "the normal class: its name or, but for a folder, its number")
     data: str = setting("data", "where data sets are or go to; folder: what has train/ and test/")
-    size: int = setting(32, "images become size x size", choices=[16, 32, 64, 128, 256, 512])
+    size: int = setting(32, "images become size x size: 16, 32, 64, 128, 256 or 512")
     holdout: float = setting(0.0, "share of the normal images, the last, kept for p-values", high=1)
     teacher: str = setting("", "take the teacher from a nets.pt, or from a folder of runs")
     out: str = setting("", "folder of the run; if none is named, runs/DATA-CLASS-seedSEED")
@@ -518,27 +530,30 @@ class Task:
     fingerprint: str  # a hash of x, which tells whether two runs trained on the same images
 
 
-def image_files(root):
-    """The images in a folder and its subfolders, sorted. A file is an image if its name ends like
-    one that Pillow reads. Hidden files and folders (.x, @x) and other files are left out, and
-    counted on stderr. Links are followed, but no folder is entered twice."""
-    suffixes = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images, left_out, entered = [], 0, set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        entered.add(os.path.realpath(folder))
-        for name in names:
-            if name.startswith(".") or Path(name).suffix.lower() not in suffixes:
-                left_out += 1
-            else:
-                images.append(Path(folder, name))
-        visible = [name for name in sorted(subfolders) if not name.startswith((".", "@"))]
-        subfolders[:] = []  # os.walk goes into what is put in here
-        for name in visible:
-            if os.path.realpath(os.path.join(folder, name)) not in entered:
-                subfolders.append(name)
+IMAGE_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def image_files(folder, inside=()):
+    """The images in a folder and in its subfolders, sorted. A file is an image if its name ends as
+    those that Pillow reads. Hidden ones (.x, @x) and other files are left out, the latter counted
+    on stderr. Links are followed, but not back into a folder that they lie in (inside)."""
+    real = os.path.realpath(folder)
+    if real in inside:
+        return []
+    images, left_out = [], 0
+    for name in sorted(os.listdir(folder)):
+        path = Path(folder, name)
+        if name.startswith((".", "@")):
+            continue
+        if path.is_dir():
+            images += image_files(path, (*inside, real))
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            images.append(path)
+        else:
+            left_out += 1
     if left_out:
-        note(f"{root}: left out {left_out} files that are hidden or no images by their names")
-    return sorted(images)
+        note(f"{folder}: {left_out} files left out, whose names are not those of images")
+    return images
 
 
 def read_image(path, size):
@@ -558,14 +573,13 @@ def read_image(path, size):
 def load_folder(root, size):
     """The images in root/CLASS/, as MVTec AD has them: uint8 (N, 3, size, size), the class of each.
     Raises OSError."""
-    images, kinds = [], []
-    for file in image_files(root):
-        kind, *below = file.relative_to(root).parts
-        if not below:
+    images, kinds = [torch.empty(0, 3, size, size, dtype=torch.uint8)], []
+    for file in image_files(root) if root.is_dir() else []:
+        if file.parent == root:
             raise OSError(f"{file} is in no class: move it into a folder {root}/CLASS")
-        images.append(read_image(file, size))
-        kinds.append(kind)
-    return torch.stack(images) if images else torch.empty(0, 3, size, size).byte(), kinds
+        images.append(read_image(file, size)[None])
+        kinds.append(file.relative_to(root).parts[0])
+    return torch.cat(images), kinds
 
 
 def load_split(options, split):
@@ -652,14 +666,14 @@ def load_task(options):
 
 # ----------------------------------------------------------------------------------------- detector
 class Detector(nn.Module):
-    """What is used of a student in the end [ours]: its generator, whose r = z - z_hat is turned into
+    """What is used of a student in the end [ours]: its generator, whose r = z - z_hat is made into
     a score and a p-value. The files student.pt and student.pt2 hold one.
 
     The score is r's Mahalanobis length sqrt((r - m)' S^-1 (r - m)) = ||(r - m) W||_2, where m and S
     are the mean and covariance of r on the training images, and W W' = S^-1 ("whitening").
     The p-value is (1 + number of held-out images with a score as high) / (1 + number of held-out
-    images): conformal prediction (Vovk et al. 2005, Bates et al. 2023). Over draws of normal images
-    P(p <= alpha) <= alpha. If none are held out, p is 1.
+    images): conformal prediction (Vovk et al. 2005, Bates et al. 2023). For new images drawn like
+    the held-out ones, P(p <= alpha) <= alpha. If none are held out, p is 1.
     """
 
     def __init__(self, size, channels, width, z_dim, held_out):
@@ -717,20 +731,16 @@ def needed_for(alpha):
 
 def too_few(alpha, held_out):
     """The message that there are no verdicts."""
-    return f"no verdicts: alpha {alpha} needs {needed_for(alpha)} held out, {held_out} are"
+    needed = needed_for(alpha)
+    return f"no verdicts: alpha {alpha} needs {needed} held out (--holdout), {held_out} are"
 
 
 def false_alarms(rank, held_out):
-    """The range of the share of new normal images, in percent, that lie above the rank-th highest
-    of the held-out scores. It holds for nine draws of the held-out images in ten: the share is
-    distributed as Beta(rank, held_out + 1 - rank)."""
-    shares = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
-    counts = torch.arange(rank, held_out + 1, dtype=torch.float64)
-    # P(Beta(rank, n + 1 - rank) <= share) = P(Binomial(n, share) >= rank)
-    log_probs = torch.distributions.Binomial(held_out, shares).log_prob(counts[:, None])
-    probability = log_probs.exp().sum(0)
-    low, high = shares[probability >= 0.05][0], shares[probability >= 0.95][0]
-    return 100 * low.item(), 100 * high.item()
+    """The range, nine times in ten, of the percentage of new normal images that score above the
+    rank-th highest of the held-out scores: their share is distributed as
+    Beta(rank, held_out + 1 - rank)."""
+    shares = torch.distributions.Beta(float(rank), held_out + 1.0 - rank).sample((100_000,))
+    return (100 * shares.quantile(torch.tensor([0.05, 0.95]))).tolist()
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -832,24 +842,26 @@ def print_result(result):
     else:
         print("\nno AUROC: the test images are all normal, all anomalies, or none")
     print(f"The teacher takes {result['ratio']:.0f} times as many FLOPs as the student.")
-    if result["kinds"]:
-        print(f"\n{'the detector, by kind':24}{'images':>7}{'AUROC':>7}", end="")
-        print("".join(f"{f'% at {alpha}':>11}" for alpha in ALPHAS))
-    for kind, row in result["kinds"].items():
-        figures = f"{row['images']:7}"
-        figures += f"{'-':>7}" if row["auroc"] is None else f"{row['auroc']:7.2f}"
-        for alpha in ALPHAS:
-            figures += f"{row['flagged'].get(str(alpha), '-'):>11}"
-        print(f"{kind:24}{figures}")
+
     alpha, held_out = result["alpha"], result["images"]["held_out"]
+    alphas = ALPHAS if held_out else []
+    if result["kinds"]:
+        print(f"\nthe detector on each kind of test image, {result['normal']} is normal")
+        flagged = "".join(f"{f'flagged at {a}':>17}" for a in alphas)
+        print(f"{'kind':15}{'images':>7}{'AUROC':>9}{flagged}")
+    for kind, row in result["kinds"].items():
+        area = "-" if row["auroc"] is None else f"{row['auroc']:.2f}"
+        shares = [row["flagged"].get(str(a)) for a in alphas]
+        flagged = "".join(f"{'-' if share is None else f'{share} %':>17}" for share in shares)
+        print(f"{kind:15}{row['images']:7}{area:>9}{flagged}")
     if result["threshold"] is None:
         print(too_few(alpha, held_out))
     else:
         low, high = result["false_alarms"]
         print(
-            f"{held_out} are held out. At alpha {alpha}, scores above {result['threshold']:.4g} are"
+            f"{held_out} are held out: at alpha {alpha}, scores above {result['threshold']:.4g} are"
         )
-        print(f"flagged: {low:.0f} to {high:.0f} % of new normal images, nine times in ten.")
+        print(f"flagged, {low:.0f} to {high:.0f} % of new normal images (nine times in ten).")
 
 
 def draw_samples(nets, task):
@@ -888,21 +900,19 @@ def describe(options, settings, task):
         "seed": settings.seed,
         "size": options.size,
         "holdout": options.holdout,
-        "fingerprint": task.fingerprint,
+        "training_images": task.fingerprint,
         "settings": asdict(settings),
     }
 
 
+def flat(run):
+    """A run's describe(), or a dict that has it, with the settings beside what else there is."""
+    return {name: value for name, value in run.items() if name != "settings"} | run["settings"]
+
+
 def differences(one, other):
-    """["name VALUE, not VALUE"] of what differs between two dicts, and between dicts in them."""
-    found = []
-    for name in one | other:
-        a, b = one.get(name), other.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b)
-        elif a != b:
-            found.append(f"{name} {a}, not {b}")
-    return found
+    """["NAME VALUE, not VALUE"] of what differs between two dicts, for the names in the first."""
+    return [f"{k} {one[k]}, not {other.get(k)}" for k in one if one[k] != other.get(k)]
 
 
 def read_result(file):
@@ -921,7 +931,7 @@ def claim_folder(folder, run):
     ValueError if the folder has the result of another run, OSError if it takes no files."""
     before = read_result(folder / "result.json") if (folder / "result.json").exists() else None
     if before is not None:
-        found = differences(run, {name: before.get(name) for name in run})
+        found = differences(flat(run), flat(before))
         if found:
             raise ValueError(f"{folder} has another run ({'; '.join(found)}): name another --out")
     try:
@@ -950,9 +960,9 @@ def save(folder, nets, scores, detector, task, description, result):
         with open(new / "student.pt", "wb") as file:
             torch.save(saved | {"weights": detector.state_dict()}, file)
 
-        batch = {0: torch.export.Dim.DYNAMIC}  # any number of images
         example = torch.zeros(2, *task.x.shape[1:])
-        program = torch.export.export(detector, (example,), dynamic_shapes=(batch,))
+        shapes = ({0: torch.export.Dim.DYNAMIC},)  # any number of images
+        program = torch.export.export(detector, (example,), dynamic_shapes=shapes)
         with open(new / "student.pt2", "wb") as file:
             torch.export.save(program, file, extra_files={"config.json": json.dumps(config)})
 
@@ -1002,25 +1012,21 @@ def load_detector(path):
     return detector
 
 
-def load_teacher(place, name, task, settings):
+def load_teacher(place, name, run):
     """The teacher of an earlier run, and the Settings of that run. place: its nets.pt, its folder,
-    or a folder that has the run's folder, called name. Raises ValueError if it was trained on other
-    images or has another size than task and settings ask for, OSError."""
+    or a folder that has its folder, called name. run: the describe() of the run that wants it.
+    Raises OSError, and ValueError for a teacher of other images or another size."""
     file = Path(place)
     if (file / name).is_dir():
         file = file / name
     if file.is_dir():
         file = file / "nets.pt"
     nets, saved = load_nets(file)
-    its_settings = Settings(**saved["settings"])
-    its = {"normal": saved["normal"], "size": saved["size"], "images": saved["fingerprint"]}
-    its |= {"teacher_width": its_settings.teacher_width, "z_dim": its_settings.z_dim}
-    ours = {"normal": task.normal, "size": task.x.shape[3], "images": task.fingerprint}
-    ours |= {"teacher_width": settings.teacher_width, "z_dim": settings.z_dim}
-    found = differences(its, ours)
+    its, names = flat(saved), ["normal", "size", "teacher_width", "z_dim", "training_images"]
+    found = differences({name: its[name] for name in names}, flat(run))
     if found:
         raise ValueError(f"{file} has another teacher: {'; '.join(found)}")
-    return nets["teacher"], its_settings
+    return nets["teacher"], Settings(**saved["settings"])
 
 
 # ----------------------------------------------------------------------------------------- program
@@ -1031,10 +1037,10 @@ def run(options, settings):
     folder = Path(options.out or f"runs/{name}")
     teacher, stages = None, STAGES
     if options.teacher:
-        teacher, its = load_teacher(options.teacher, name, task, settings)
-        teacher.to(options.device)
+        run_now = describe(options, settings, task)
+        teacher, its = load_teacher(options.teacher, name, run_now)
         settings = replace(settings, teacher_updates=its.teacher_updates, lr_teacher=its.lr_teacher)
-        stages = STAGES[1:]
+        teacher, stages = teacher.to(options.device), STAGES[1:]
     description = describe(options, settings, task)
     claim_folder(folder, description)
 
@@ -1088,16 +1094,14 @@ def score_images(student, paths, alpha):
 
 
 def table_title(result):
-    """The title of a run's table: its data, and the settings that differ from the data set's own.
-    Runs with equal titles differ in class and seed alone."""
-    own = asdict(EXPERIMENTS[result["dataset"]]) | {"size": 32, "holdout": 0.0, "version": VERSION}
+    """The title of a run's table: its data, and the settings that are not the data set's own. Runs
+    of one title differ in class and seed alone."""
+    own = asdict(EXPERIMENTS[result["dataset"]]) | {"version": VERSION, "size": 32, "holdout": 0.0}
     if result["dataset"] == "folder":
         own["holdout"] = HOLDOUT_OF_A_FOLDER
-    its = dict(result["settings"])
-    for name in ("size", "holdout", "version"):
-        its[name] = result[name]
-    its["seed"] = own["seed"]
-    changed = [f"{name} {its[name]}" for name in its if its[name] != own.get(name)]
+    own["seed"] = result["seed"]
+    its = flat(result)
+    changed = [f"{name} {its.get(name)}" for name in own if its.get(name) != own[name]]
     return ", ".join([result["source"], *changed])
 
 
@@ -1152,17 +1156,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"pkdgan.py: {message}\n")
 
 
+def flag_of(name):
+    """The flag of a field of Options or Settings."""
+    return f"--{name.replace('_', '-')}"
+
+
 def add_flags(group, values):
     """Give a parser a flag for each field of Options or Settings; values has their defaults."""
     for item in fields(values):
         default = getattr(values, item.name)
+        text = item.metadata["text"]
+        if default != "":
+            text += f" ({default})"
+        letter = "N" if item.type in (int, float) else None
         group.add_argument(
-            f"--{item.name.replace('_', '-')}",
-            type=item.type,
-            default=default,
-            choices=item.metadata["choices"],
-            metavar="N" if item.type in (int, float) and not item.metadata["choices"] else None,
-            help=f"{item.metadata['text']} ({default})" if default != "" else item.metadata["text"],
+            flag_of(item.name), type=item.type, default=default, metavar=letter, help=text
         )
 
 
@@ -1170,10 +1178,11 @@ def taken_from(args, values, parser):
     """Options or Settings with the values in args. Exits with 2 if one is out of its range."""
     found = {}
     for item in fields(values):
-        found[item.name] = value = getattr(args, item.name)
+        value = getattr(args, item.name)
         low, high = item.metadata["low"], item.metadata["high"]
         if item.type is not str and not low <= value < high:
-            parser.error(f"--{item.name.replace('_', '-')} {value} is not in {low} to {high}")
+            parser.error(f"{flag_of(item.name)} {value} is not in {low} to {high}")
+        found[item.name] = value
     return replace(values, **found)
 
 
@@ -1201,6 +1210,8 @@ def parse(argv):
     args = parser.parse_intermixed_args(argv)
     if args.images and args.score is None:
         parser.error(f"{args.images[0]}: images are for --score STUDENT.PT")
+    if args.size not in SIZES:
+        parser.error(f"--size {args.size} is not one of {SIZES}")
     options, settings = taken_from(args, options, parser), taken_from(args, settings, parser)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return args, options, settings
@@ -1216,7 +1227,6 @@ def main(argv):
     args, options, settings = parse(argv)
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    warnings.simplefilter("ignore")  # of libraries
     torch.backends.cudnn.allow_tf32 = False  # float32 on CUDA, too, as on a CPU
     if "OMP_NUM_THREADS" not in os.environ:  # more are hardly faster, and wait for one another
         torch.set_num_threads(1)
