@@ -14,7 +14,7 @@ for dataset in ${DATASETS:-mnist fmnist cifar10}; do
       printf '%s\0' "$run" "$program" --dataset "$dataset" --normal "$normal" --seed "$seed" --out "$run" "$@"
     done
   done
-done | xargs -0 -r -n $((10 + $#)) -P "${JOBS:-1}" bash -c "$one" one &
+done | xargs -0 -r -n $((10 + $#)) -P "${JOBS:-1}" bash -c "$one" one & # a run is 10 words and flags
 trap 'kill %1; exit 130' INT TERM HUP
 wait %1 || failed=1
 python "$program" --table "$out" && exit $failed
