@@ -1,13 +1,13 @@
 """P-KDGAN: one-class novelty detection by a tiny GAN that learned from a wide one.
 
-    python pkdgan.py                                 # digits, half a minute: its AUROC is some 97
-    python pkdgan.py --dataset mnist --normal 3      # some 95, in minutes on a CPU
+    python pkdgan.py                                 # digits, half a minute: step2 AUROC about 96
+    python pkdgan.py --dataset mnist --normal 3      # ten minutes on a CPU: about 95
     python pkdgan.py --dataset cifar10 --normal 3    # one of the paper's runs; --help has the flags
 
 The method is that of Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for
 One-class Novelty Detection", IJCAI 2020 (arXiv 2007.06963). We did not have its text: [paper] marks
-what its abstract, its follow-up's abstract (arXiv 2109.07295) and public listings say, and [ours]
-what we decided. What comes from elsewhere is cited.
+what its abstract, its follow-up's abstract (arXiv 2109.07295), Papers with Code and a second-hand
+summary say, and [ours] what we decided. What comes from elsewhere is cited.
 
 A GAN has a generator G and a discriminator D. It sees images x of one normal class only, and G
 learns to reconstruct first the image and then the image's code:
@@ -32,6 +32,7 @@ from the frozen teacher alone, then together with it [paper]. train_stages() run
 
 The student alone is the baseline: the same net, from the same initial weights, trained for as many
 updates as both steps. Step 2 goes on with step 1's student, its D included, and a new optimizer.
+(The program saves the student as a Detector, whose score is whitened besides [ours].)
 
 The method ends at the line "# ====". Pasted alone, it trains:
 
@@ -53,7 +54,7 @@ from torch import nn
 
 # ----------------------------------------------------------------------------------------- settings
 def setting(default, text, low=0, high=math.inf):
-    """A dataclass field with a default, the text of its flag and its range: low <= value < high."""
+    """A dataclass field with its default; text and range [low, high) are for the command line."""
     return field(default=default, metadata={"text": text, "low": low, "high": high})
 
 
@@ -64,7 +65,7 @@ class Settings:
     # the networks
     teacher_width: int = setting(32, "channels of the teacher's first block", low=1)
     student_width: int = setting(2, "channels of the student's first block", low=1)
-    z_dim: int = setting(256, "numbers in a code z or z_hat, teacher and student alike", low=2)
+    z_dim: int = setting(256, "dimension of z and z_hat, teacher and student alike", low=2)
     # the length of each stage; the student alone gets as many updates as both steps together
     teacher_updates: int = setting(700, "updates of the teacher")
     alone_updates: int = setting(2160, "updates of the student alone")
@@ -88,8 +89,8 @@ class Settings:
     seed: int = setting(0, "random seed of initial weights and of the images' order", high=2**32)
 
 
-# What the run of each data set uses; behind it, how many times as many operations (FLOPs) as the
-# student the teacher takes, and the paper's figure.
+# What the run of each data set uses. Behind it is FLOPs of the teacher / FLOPs of the student, here
+# and in the paper. Rates and w_con were chosen on a validation split.
 EXPERIMENTS = {
     "digits": Settings(  # 230, a smoke test
         student_width=1,
@@ -118,7 +119,7 @@ EXPERIMENTS = {
 # ----------------------------------------------------------------------------------------- networks
 # Comments give the shapes for images of 32 x 32 and a width of w; C is 1 or 3 channels.
 #
-# The authors had their best results at a batch size of 1 (arXiv 2109.07295). There, batch
+# The authors had their best results at batch size 1 (arXiv 2109.07295). At batch size 1, batch
 # normalisation normalises each channel of each image by itself, which is instance normalisation
 # (Ulyanov et al. 2016): we take that, at any batch size [ours]. It keeps no running statistics, so
 # training and evaluation mode are the same, and no score depends on an image's batch.
@@ -150,7 +151,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(widths[-1] * 4 * 4, n_out)
 
     def forward(self, x):
-        """x (B, C, size, size) -> the output (B, n_out), the last block's features (B, c, 4, 4)."""
+        """x (B, C, size, size) -> output (B, n_out), features of the last block (B, 4w, 4, 4)."""
         features = self.blocks(x)
         return self.head(features.flatten(1)), features
 
@@ -177,29 +178,29 @@ class Decoder(nn.Module):
 class Generated(NamedTuple):
     """What a generator makes of a batch of images."""
 
-    z: torch.Tensor  # (B, z_dim), the codes of the images, of length sqrt(z_dim)
+    z: torch.Tensor  # (B, z_dim), the codes of the images, of norm sqrt(z_dim)
     x_hat: torch.Tensor  # (B, C, size, size) in [-1, 1], the reconstructed images
-    z_hat: torch.Tensor  # (B, z_dim), the codes of the reconstructed images, of length sqrt(z_dim)
+    z_hat: torch.Tensor  # (B, z_dim), the codes of the reconstructed images, of norm sqrt(z_dim)
 
 
 class Generator(nn.Module):
     """Encoder-decoder-encoder x -> z -> x_hat -> z_hat [paper], as in GANomaly (Akcay et al. 2018).
-    Codes are scaled to one length [ours]: else the latent loss falls when both codes shrink."""
+    Codes are scaled to one norm [ours]: else the latent loss falls when both codes shrink."""
 
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
         self.encode = Encoder(size, channels, width, z_dim)
         self.decode = Decoder(size, channels, width, z_dim)
         self.encode_again = Encoder(size, channels, width, z_dim)
-        self.code_length = math.sqrt(z_dim)
+        self.code_norm = math.sqrt(z_dim)
 
     def forward(self, x):
         """Images x (B, C, size, size) in [-1, 1] -> Generated."""
         code, _ = self.encode(x)
-        z = self.code_length * F.normalize(code)
+        z = self.code_norm * F.normalize(code)
         x_hat = self.decode(z)
         code_hat, _ = self.encode_again(x_hat)
-        z_hat = self.code_length * F.normalize(code_hat)
+        z_hat = self.code_norm * F.normalize(code_hat)
         return Generated(z, x_hat, z_hat)
 
 
@@ -260,19 +261,16 @@ def adversarial_distillation_loss(f_t, f_s):
     return F.mse_loss(f_s, f_t.detach())
 
 
-# The next two functions return (loss for D, loss for G), whose graphs overlap. A loss is meant for
-# its own net alone: take its gradient by loss.backward(inputs=...), as fit() does.
-
-
 def gan_losses(gan, x, out, settings):
     """A GAN's own losses (for its D, for its G) on images x, given out = gan.g(x). They are
-    GANomaly's, with our weights [ours]."""
-    logit_real, features_x = gan.d(x)
-    logit_fake, features_x_hat = gan.d(out.x_hat)
+    GANomaly's, with our weights [ours]. Their graphs overlap: take the gradient of each for its own
+    net alone, by loss.backward(inputs=...), as fit() does."""
+    logit_x, f_x = gan.d(x)
+    logit_x_hat, f_x_hat = gan.d(out.x_hat)
     # ---- D: minimise L_D; x is real, x_hat is fake
-    loss_d = discriminator_loss(logit_real, logit_fake)
+    loss_d = discriminator_loss(logit_x, logit_x_hat)
     # ---- G: minimise L_G = w_adv L_adv + w_con L_con + w_lat L_lat
-    adv = adversarial_loss(features_x, features_x_hat)
+    adv = adversarial_loss(f_x, f_x_hat)
     con = contextual_loss(x, out.x_hat)
     lat = latent_loss(out.z, out.z_hat)
     loss_g = settings.w_adv * adv + settings.w_con * con + settings.w_lat * lat
@@ -281,70 +279,70 @@ def gan_losses(gan, x, out, settings):
 
 def distillation_losses(student, out_t, out_s, settings):
     """The distillation losses (for the student's D, for its G), given what the generators of
-    teacher and student made of the same images."""
-    logit_t, features_t = student.d(out_t.x_hat.detach())
-    logit_s, features_s = student.d(out_s.x_hat)
+    teacher and student made of the same images. Take their gradients as those of gan_losses()."""
+    logit_t, f_t = student.d(out_t.x_hat.detach())
+    logit_s, f_s = student.d(out_s.x_hat)  # not detached: f_s is for G
     # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake
     loss_d = settings.kd_adv * discriminator_loss(logit_t, logit_s)
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
     inter = intermediate_distillation_loss(out_t.x_hat, out_s.x_hat)
     latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
-    adv = adversarial_distillation_loss(features_t, features_s)
+    adv = adversarial_distillation_loss(f_t, f_s)
     loss_g = settings.kd_inter * inter + settings.kd_latent * latent + settings.kd_adv * adv
     return loss_d, loss_g
 
 
 # ----------------------------------------------------------------------------------------- training
-def rate_factor(update, updates):
-    """What the peak learning rate is multiplied by in an update (the first is 0): a line up from 0
-    in the first 15 % of the updates, then half a cosine down to 0 [ours]. It is taken in the middle
-    of an update, so that a stage of a single update learns, too."""
-    progress = (update + 0.5) / updates
+def rate_factor(done, updates):
+    """The share of the peak learning rate after some updates of a stage: it rises linearly over the
+    first 15 % of them, then falls to 0 as half a cosine [ours]. It is that of the middle of the
+    coming update, so that a stage of a single update learns, too."""
+    progress = (done + 0.5) / updates
     if progress < 0.15:
         return progress / 0.15
     return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
 
 
-def shuffled_batches(n, updates, settings):
-    """The indices of each update's images: all n images in a random order, then again in another,
-    as often as needed. Every batch is whole. The orders are those of the seed, in every stage."""
+def shuffled_batches(x, updates, settings):
+    """The indices into x of each update's images: all of x in a random order, then in another, and
+    so on. Every batch is whole. The orders are those of the seed, the same in every stage."""
     rng = torch.Generator().manual_seed(settings.seed)
-    passes = math.ceil(updates * settings.batch / n)
-    order = torch.cat([torch.randperm(n, generator=rng) for _ in range(passes)])
-    return order.split(settings.batch)[:updates]
+    passes = math.ceil(updates * settings.batch / len(x))
+    orders = [torch.randperm(len(x), generator=rng) for _ in range(max(1, passes))]
+    return torch.cat(orders).to(x.device).split(settings.batch)[:updates]
 
 
-def fit(stage, gans, rates, losses, updates, x, settings, report):
-    """Train GANs in place.
+def fit(stage, gans, rates, losses, batches, report):
+    """Train GANs in place, an update for each of the batches.
 
-    stage: its name, for report()
-    gans, rates: the GANs that move, and the peak learning rate of each
-    losses: a function of the indices of a batch of x -> (the loss of all D's, that of all G's)
-    report: None, or called at each tenth of the updates: report(stage, the first of the gans,
-        update, updates, loss_d, loss_g)
+    gans, rates: the GANs that are trained, and the peak learning rate of each
+    losses: a function, batch -> (loss of the D's, loss of the G's)
+    report: None, or called at each tenth of the updates, with the first of the gans:
+        report(stage, gan, update, updates, loss_d, loss_g)
     Raises FloatingPointError when a loss overflows.
     """
+    updates = len(batches)
     if updates == 0:
         return
-    # 1. One Adam moves all GANs, each at its own rate. Its betas are DCGAN's.
-    groups = [{"params": gan.parameters(), "lr": r} for gan, r in zip(gans, rates, strict=True)]
+    # 1. One Adam trains all GANs, each at its own rate. Its betas are DCGAN's.
+    groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in zip(gans, rates)]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: rate_factor(u, updates))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: rate_factor(done, updates))
     d_params = [p for gan in gans for p in gan.d.parameters()]
     g_params = [p for gan in gans for p in gan.g.parameters()]
     tenths = [math.ceil(updates * tenth / 10) for tenth in range(1, 11)]
 
-    for update, indices in enumerate(shuffled_batches(len(x), updates, settings), start=1):
-        # 2. Both losses come from the weights as they are now.
-        loss_d, loss_g = losses(indices.to(x.device))
+    for update, batch in enumerate(batches, start=1):
+        # 2. Both losses are those of the weights as they are now.
+        loss_d, loss_g = losses(batch)
 
         # 3. The D's get the gradient of loss_d alone, the G's that of loss_g alone. Both are taken
-        #    before anything moves, so that the two losses can share D(x_hat).
+        #    before any weight changes, so that the two losses can share D(x_hat).
         optimizer.zero_grad()
         loss_d.backward(inputs=d_params, retain_graph=True)
         loss_g.backward(inputs=g_params)
 
-        # 4. Everything moves.
+        # 4. One step of the optimizer for all.
         optimizer.step()
         schedule.step()
 
@@ -367,12 +365,13 @@ def new_gan(x, width, settings):
 def train_gan(stage, gan, x, rate, updates, settings, report=None):
     """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone"."""
 
-    def losses(indices):
+    def losses(batch):
         """The GAN's own losses."""
-        out = gan.g(x[indices])
-        return gan_losses(gan, x[indices], out, settings)
+        out = gan.g(x[batch])
+        return gan_losses(gan, x[batch], out, settings)
 
-    fit(stage, [gan], [rate], losses, updates, x, settings, report)
+    batches = shuffled_batches(x, updates, settings)
+    fit(stage, [gan], [rate], losses, batches, report)
 
 
 def parts_of(x):
@@ -390,36 +389,36 @@ def train_step1(student, teacher, x, settings, report=None):
     x_hat_t = torch.cat([out.x_hat for out in outs])
     z_hat_t = torch.cat([out.z_hat for out in outs])
 
-    def losses(indices):
+    def losses(batch):
         """The student's distillation losses."""
-        out_t = Generated(z_t[indices], x_hat_t[indices], z_hat_t[indices])
-        out_s = student.g(x[indices])
+        out_t = Generated(z_t[batch], x_hat_t[batch], z_hat_t[batch])
+        out_s = student.g(x[batch])
         return distillation_losses(student, out_t, out_s, settings)
 
-    rate, updates = settings.lr_student, settings.step1_updates
-    fit("step1", [student], [rate], losses, updates, x, settings, report)
+    batches = shuffled_batches(x, settings.step1_updates, settings)
+    fit("step1", [student], [settings.lr_student], losses, batches, report)
 
 
 def train_step2(student, teacher, x, settings, report=None):
-    """Step 2: student and teacher train on together, in place; distillation moves only the student.
+    """Step 2: student and teacher train on together, in place. Distillation is the student's.
 
-    The paper compares four single steps: a teacher that is frozen (lr_step2_teacher = 0) or not,
-    and a student without its own losses (w_own = 0) or with them. Each is this one step, given a
-    new student."""
+    Given a new student instead of step 1's, this is also each of the paper's four single steps:
+    lr_step2_teacher = 0 freezes the teacher, w_own = 0 drops the student's own losses [paper]."""
 
-    def losses(indices):
+    def losses(batch):
         """The student's distillation losses and own losses, and the teacher's own losses."""
-        out_t = teacher.g(x[indices])
-        out_s = student.g(x[indices])
+        out_t = teacher.g(x[batch])
+        out_s = student.g(x[batch])
         kd_d, kd_g = distillation_losses(student, out_t, out_s, settings)
-        own_d, own_g = gan_losses(student, x[indices], out_s, settings)
-        teacher_d, teacher_g = gan_losses(teacher, x[indices], out_t, settings)
+        own_d, own_g = gan_losses(student, x[batch], out_s, settings)
+        teacher_d, teacher_g = gan_losses(teacher, x[batch], out_t, settings)
         loss_d = kd_d + settings.w_own * own_d + teacher_d
         loss_g = kd_g + settings.w_own * own_g + teacher_g
         return loss_d, loss_g
 
-    gans, rates = [student, teacher], [settings.lr_step2_student, settings.lr_step2_teacher]
-    fit("step2", gans, rates, losses, settings.step2_updates, x, settings, report)
+    rates = [settings.lr_step2_student, settings.lr_step2_teacher]
+    batches = shuffled_batches(x, settings.step2_updates, settings)
+    fit("step2", [student, teacher], rates, losses, batches, report)
 
 
 def train_stages(x, settings, report=None, teacher=None):
@@ -441,9 +440,13 @@ def train_stages(x, settings, report=None, teacher=None):
     # Step 2 goes on with copies: what the earlier stages made stays as it is.
     student_step2, teacher_step2 = copy.deepcopy(student_step1), copy.deepcopy(teacher)
     train_step2(student_step2, teacher_step2, x, settings, report)
-
-    nets = {"teacher": teacher, "student_alone": student_alone, "step1": student_step1}
-    return nets | {"step2": student_step2, "teacher_step2": teacher_step2}
+    return {
+        "teacher": teacher,
+        "student_alone": student_alone,
+        "step1": student_step1,
+        "step2": student_step2,
+        "teacher_step2": teacher_step2,
+    }
 
 
 # -------------------------------------------------------------------------------------------- score
@@ -471,6 +474,7 @@ def auroc(scores, y):
 # ==== the program: data, detector, evaluation, files, command line ====
 import argparse
 import hashlib
+import io
 import json
 import os
 import signal
@@ -491,7 +495,7 @@ VERSION = 8  # of the method and of the files: raised when earlier results becom
 STAGES = ["teacher", "student_alone", "step1", "step2"]
 ALPHAS = [0.01, 0.05, 0.1]  # the shares of false alarms in the table of kinds
 HOLDOUT_OF_A_FOLDER = 0.2
-FILES = ["nets.pt", "student.pt", "student.pt2", "samples.png", "result.json"]  # of a run
+FILES = ["nets.pt", "student.pt", "student.pt2", "samples.png", "result.json"]  # in order
 EXAMPLES = """Learn from images of one normal class, and score any image by how anomalous it is.
 
   python pkdgan.py --dataset mnist --normal 3
@@ -507,7 +511,9 @@ class Options:
     normal: str = setting("8", "the normal class: its name or, but for a folder, its number")
     data: str = setting("data", "where data sets are or go to; folder: what has train/ and test/")
     size: int = setting(32, "images become size x size: 16, 32, 64, 128, 256 or 512")
-    holdout: float = setting(0.0, "share of the normal images, the last, kept for p-values", high=1)
+    holdout: float = setting(
+        0.0, "share of the normal training images, from the end, not trained on", high=1
+    )
     teacher: str = setting("", "take the teacher from a nets.pt, or from a folder of runs")
     out: str = setting("", "folder of the run; if none is named, runs/DATA-CLASS-seedSEED")
     device: str = setting("", "cpu, cuda:1, mps, ...; if none is named, cuda where there is one")
@@ -560,7 +566,7 @@ def read_image(path, size):
     transparent. Raises OSError."""
     try:
         image = Image.open(path)
-        if image.mode[0] in "IF":  # grey, which Pillow would clip to 255
+        if image.mode.startswith(("I", "F")):  # grey, which Pillow would clip to 255
             raise ValueError("it has more than 8 bits a channel")
         image = ImageOps.exif_transpose(image).convert("RGBA").resize((size, size), Image.BILINEAR)
         white = Image.new("RGBA", image.size, "white")
@@ -581,31 +587,43 @@ def load_folder(root, size):
     return torch.cat(images), kinds
 
 
+def load_digits(split):
+    """scikit-learn's digits, grey (N, 8, 8), the target of each, and all classes. They come as one:
+    a third of each class is for the test."""
+    digits = datasets.load_digits()
+    x = (digits.images * 255 / 16).astype("uint8")  # of 0 to 16
+    x_train, x_test, targets_train, targets_test = model_selection.train_test_split(
+        x, digits.target, test_size=1 / 3, stratify=digits.target, random_state=0
+    )
+    if split == "train":
+        return x_train, targets_train, list("0123456789")
+    return x_test, targets_test, list("0123456789")
+
+
+def load_torchvision(name, root, split):
+    """A split of a torchvision data set: grey (N, height, width) or colour (N, height, width, 3),
+    the target of each image, and all classes. Raises OSError."""
+    try:
+        load = getattr(torchvision.datasets, name)
+        data = load(root, train=split == "train", download=True)
+    except Exception as error:  # no network, a missing file, broken bytes
+        what = "go online once, or, if it is there but damaged, delete it"
+        raise OSError(f"no {name} in {root} ({error}): {what}") from error
+    return data.data, data.targets, data.classes
+
+
 def load_split(options, split):
     """The split "train" or "test" of a data set: images, uint8 (N, C, size, size), C is 3 for
     CIFAR-10 and folders, else 1; the class of each; all classes. Raises OSError."""
     if options.dataset == "folder":
         x, kinds = load_folder(Path(options.data, split), options.size)
         return x, kinds, sorted(set(kinds))
-    if options.dataset == "digits":  # of 8 x 8, which come as one: a third is for the test
-        digits = datasets.load_digits()
-        x = (digits.images * 15.9375).astype("uint8")  # 0 to 16 become 0 to 255
-        x_train, x_test, targets_train, targets_test = model_selection.train_test_split(
-            x, digits.target, test_size=1 / 3, stratify=digits.target, random_state=0
-        )
-        x, targets = (x_train, targets_train) if split == "train" else (x_test, targets_test)
-        classes = list("0123456789")
+    if options.dataset == "digits":
+        x, targets, classes = load_digits(split)
     else:
         names = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10"}
-        name = names[options.dataset]
-        try:
-            load = getattr(torchvision.datasets, name)
-            data = load(options.data, train=split == "train", download=True)
-        except Exception as error:  # no network, a missing file, broken bytes
-            what = "go online once, or, if it is there but damaged, delete it"
-            raise OSError(f"no {name} in {options.data} ({error}): {what}") from error
-        x, targets, classes = data.data, data.targets, data.classes
-    x = torch.as_tensor(x)  # grey (N, height, width), or colour (N, height, width, 3)
+        x, targets, classes = load_torchvision(names[options.dataset], options.data, split)
+    x = torch.as_tensor(x)
     x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
     x = resize(x, [options.size, options.size])
     return x, [classes[target] for target in targets], classes
@@ -614,24 +632,17 @@ def load_split(options, split):
 def without_copies(x):
     """Images without those that equal an earlier one, which are counted on stderr: were one trained
     on and its copy held out, the p-values would be wrong."""
-    seen, first = set(), []
+    first = {}
     for index, image in enumerate(x):
-        pixels = image.numpy().tobytes()
-        if pixels not in seen:
-            first.append(index)
-        seen.add(pixels)
+        first.setdefault(image.numpy().tobytes(), index)
     if len(first) < len(x):
         note(f"{len(x) - len(first)} training images equal another one: they are left out")
-    return x[first]
+    return x[list(first.values())]
 
 
 def load_task(options):
-    """The Task of a run. Raises ValueError for an unknown class or device or too few images,
-    OSError for unusable data."""
-    try:
-        torch.zeros(1, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {options.device} cannot be used: {error}") from error
+    """The Task of a run. Raises ValueError for an unknown class or too few images, OSError for
+    unusable data."""
     x, kinds, classes = load_split(options, "train")
     x_test, test_kinds, _ = load_split(options, "test")
     normal, source, where = options.normal, options.dataset, options.dataset
@@ -677,12 +688,14 @@ class Detector(nn.Module):
 
     def __init__(self, size, channels, width, z_dim, held_out):
         super().__init__()
-        self.size, self.channels, self.held_out = size, channels, held_out
+        self.config = {"size": size, "channels": channels, "width": width, "z_dim": z_dim}
+        self.config |= {"held_out": held_out}
         self.g = Generator(size, channels, width, z_dim)
         self.register_buffer("mean", torch.zeros(z_dim))
         self.register_buffer("whitener", torch.eye(z_dim))
         self.register_buffer("held_out_scores", torch.zeros(held_out))  # sorted
-        # The p-value of a score that lies above k of the held-out ones has index k.
+        # The p-value of a score that lies above k of the held-out ones has index k. (It stands in a
+        # table, since to cast to float64 in forward() would tie an exported file to one device.)
         above = torch.arange(held_out, -1, -1, dtype=torch.float64)
         self.register_buffer("p_values", (1 + above) / (1 + held_out))
         self.requires_grad_(False)
@@ -713,19 +726,16 @@ def make_detector(student, x, x_held, settings):
 
 def detect(detector, x):
     """A detector's scores and p-values of any number of images, computed in parts on the CPU."""
-    scores, p_values = [torch.empty(0)], [torch.empty(0, dtype=torch.float64)]
-    for part in parts_of(x.cpu()):
-        if len(part):
-            part_scores, part_p_values = detector(part)
-            scores.append(part_scores)
-            p_values.append(part_p_values)
-    return torch.cat(scores), torch.cat(p_values)
+    if len(x) == 0:
+        return torch.empty(0), torch.empty(0)
+    outs = [detector(part) for part in parts_of(x.cpu())]
+    return torch.cat([scores for scores, _ in outs]), torch.cat([p for _, p in outs])
 
 
 def needed_for(alpha):
     """How many images have to be held out for p-values to reach alpha: 1 / (1 + n) <= alpha.
     By hand: needed_for(0.05) = 19"""
-    return math.ceil(1 / alpha - 1e-9) - 1
+    return math.ceil(round(1 / alpha, 6)) - 1
 
 
 def too_few(alpha, held_out):
@@ -750,7 +760,7 @@ class Progress:
         every = math.ceil(len(task.x_test) / 1000) or 1  # spread over the test images
         self.x_test, self.y_test = task.x_test[::every], task.y_test[::every]
         self.stages, self.curve = stages, []
-        self.stage, self.began = "", monotonic()
+        self.began = monotonic()
 
     def report(self, stage, net, update, updates, loss_d, loss_g):
         """What train_stages() calls. The AUROC is that of at most 1,000 test images."""
@@ -779,7 +789,7 @@ def pca_auroc(task):
 
 
 def cost(gan, x):
-    """The number of a GAN's parameters, and of its operations (FLOPs) on one image."""
+    """The number of a GAN's parameters, G's and D's, and of its operations (FLOPs) on one image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         gan.d(gan.g(x[:1]).x_hat)
     return sum(weight.numel() for weight in gan.parameters()), counter.get_total_flops()
@@ -813,10 +823,10 @@ def evaluate(nets, scores, detector, task, options):
         result["auroc"]["gain"] = result["auroc"]["step2"] - result["auroc"]["student_alone"]
         result["auroc_detector"] = auroc(detector_scores, task.y_test)
         result["baselines"]["pca"] = pca_auroc(task)
-    result["kinds"] = table_of_kinds(task, detector_scores, p_values, detector.held_out)
-    n, held_out, test = len(task.x), len(task.x_held), len(task.x_test)
-    result["images"] = {"train": n, "held_out": held_out, "test": test}
-    rank = int(options.alpha * (1 + held_out) + 1e-9)
+    held_out = len(task.x_held)
+    result["images"] = {"train": len(task.x), "held_out": held_out, "test": len(task.x_test)}
+    result["kinds"] = table_of_kinds(task, detector_scores, p_values, held_out)
+    rank = int(round(options.alpha * (1 + held_out), 6))
     result["alpha"] = options.alpha
     # A score is flagged if it is higher than the rank-th highest of the held-out ones.
     result["threshold"] = detector.held_out_scores[-rank].item() if rank else None
@@ -830,45 +840,49 @@ def evaluate(nets, scores, detector, task, options):
     return result
 
 
+def print_columns(name, values):
+    """Print a line of a table: a name and values, aligned."""
+    print(f"{name:15}" + "".join(f"{value:>9}" for value in values))
+
+
 def print_result(result):
     """Print what a run found."""
     if result["auroc"]:
-        print("\nAUROC in %")
+        print_columns("\nAUROC in %", [])
         for stage in STAGES:
-            print(f"{stage:15}{result['auroc'][stage]:6.2f}")
-        print(f"{'detector':15}{result['auroc_detector']:6.2f}  step2, whitened")
-        print(f"{'PCA':15}{result['baselines']['pca']:6.2f}  a baseline without nets")
+            print_columns(stage, [f"{result['auroc'][stage]:.2f}"])
+        print_columns("detector", [f"{result['auroc_detector']:.2f}  (step2, whitened)"])
+        print_columns("PCA", [f"{result['baselines']['pca']:.2f}  (a baseline without nets)"])
     else:
         print("\nno AUROC: the test images are all normal, all anomalies, or none")
     print(f"The teacher takes {result['ratio']:.0f} times as many FLOPs as the student.")
 
-    alpha, held_out = result["alpha"], result["images"]["held_out"]
+    held_out, alpha = result["images"]["held_out"], result["alpha"]
     alphas = ALPHAS if held_out else []
     if result["kinds"]:
-        print(f"\nthe detector on each kind of test image, {result['normal']} is normal")
-        flagged = "".join(f"{f'flagged at {a}':>17}" for a in alphas)
-        print(f"{'kind':15}{'images':>7}{'AUROC':>9}{flagged}")
+        columns = [f"% at {a}" for a in alphas]
+        print(f"\nWhat the detector tells from {result['normal']}, and flags at an alpha:")
+        print_columns("kind", ["images", "AUROC", *columns])
     for kind, row in result["kinds"].items():
         area = "-" if row["auroc"] is None else f"{row['auroc']:.2f}"
-        shares = [row["flagged"].get(str(a)) for a in alphas]
-        flagged = "".join(f"{'-' if share is None else f'{share} %':>17}" for share in shares)
-        print(f"{kind:15}{row['images']:7}{area:>9}{flagged}")
+        flagged = [row["flagged"].get(str(a), "-") for a in alphas]
+        print_columns(kind, [row["images"], area, *flagged])
     if result["threshold"] is None:
         print(too_few(alpha, held_out))
     else:
         low, high = result["false_alarms"]
-        print(
-            f"{held_out} are held out: at alpha {alpha}, scores above {result['threshold']:.4g} are"
-        )
-        print(f"flagged, {low:.0f} to {high:.0f} % of new normal images (nine times in ten).")
+        print(f"{held_out} held out: alpha {alpha} flags scores above {result['threshold']:.4g},")
+        print(f"{low:.0f} to {high:.0f} % of new normal images (nine times in ten).")
 
 
 def draw_samples(nets, task):
     """A picture: normal test images on the left, anomalies on the right, eight each, in three rows:
     the image, the teacher's reconstruction, the student's; below, class and the student's score."""
-    normal = [i for i, anomaly in enumerate(task.y_test) if not anomaly][:8]
-    anomalies = [i for i, anomaly in enumerate(task.y_test) if anomaly][:8]
-    x, kinds = task.x_test[normal + anomalies], [task.kinds[i] for i in normal + anomalies]
+    normal = [i for i, anomaly in enumerate(task.y_test) if not anomaly]
+    anomalies = [i for i, anomaly in enumerate(task.y_test) if anomaly]
+    shown = normal[:: len(normal) // 8 or 1][:8]  # spread, since folders are sorted
+    shown += anomalies[:: len(anomalies) // 8 or 1][:8]
+    x, kinds = task.x_test[shown], [task.kinds[i] for i in shown]
     if not normal:  # then some of those that were trained on
         x, kinds = torch.cat([task.x[:8], x]), [task.normal] * len(task.x[:8]) + kinds
     student = nets["step2"]
@@ -890,7 +904,7 @@ def draw_samples(nets, task):
 
 # -------------------------------------------------------------------------------------------- files
 def describe(options, settings, task):
-    """What a run is: runs of one description have one result."""
+    """What a run is: runs of one description have one result, on one machine."""
     return {
         "version": VERSION,
         "dataset": options.dataset,
@@ -900,6 +914,7 @@ def describe(options, settings, task):
         "size": options.size,
         "holdout": options.holdout,
         "training_images": task.fingerprint,
+        "teacher": options.teacher,
         "settings": asdict(settings),
     }
 
@@ -925,53 +940,50 @@ def read_result(file):
         note(f"{file} cannot be read ({error})")
 
 
-def claim_folder(folder, run):
-    """Make the folder of a run, and see that it takes files. run: the run's describe(). Raises
-    ValueError if the folder has the result of another run, OSError if it takes no files."""
+def claim_folder(folder, description):
+    """Make the folder of a run of a description, and check that it is writable. Raises ValueError
+    if the folder has the result of another run, OSError if it is not writable."""
     before = read_result(folder / "result.json") if (folder / "result.json").exists() else None
     if before is not None:
-        found = differences(flat(run), flat(before))
+        found = differences(flat(description), flat(before))
         if found:
             raise ValueError(f"{folder} has another run ({'; '.join(found)}): name another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(f"{folder} takes no files ({error}): name another --out") from error
+        raise OSError(f"{folder} is not writable ({error}): name another --out") from error
 
 
 def save(folder, nets, scores, detector, task, description, result):
-    """Write the files of a run, whole or not at all. Raises OSError."""
+    """Write the files of a run. Each appears whole; result.json, the mark of a whole run, is the
+    first to go and the last to come. Raises OSError."""
+    files = {name: io.BytesIO() for name in FILES}
+    weights = {}
+    for name, gan in nets.items():
+        weights[name] = {key: value.cpu() for key, value in gan.state_dict().items()}
+    saved = description | {"file": "nets.pt", "channels": task.x.shape[1], "nets": weights}
+    saved |= {"test_scores": scores, "test_labels": task.y_test}
+    torch.save(saved, files["nets.pt"])
+
+    saved = {"file": "student.pt", "version": VERSION, "config": detector.config}
+    torch.save(saved | {"weights": detector.state_dict()}, files["student.pt"])
+
+    example = torch.zeros(2, *task.x.shape[1:])
+    shapes = ({0: torch.export.Dim.DYNAMIC},)  # any number of images
+    program = torch.export.export(detector, (example,), dynamic_shapes=shapes)
+    config = {"config.json": json.dumps(detector.config)}
+    torch.export.save(program, files["student.pt2"], extra_files=config)
+
+    draw_samples(nets, task).save(files["samples.png"], format="png")
+    files["result.json"].write(json.dumps(result, indent=1).encode())
+
     with tempfile.TemporaryDirectory(dir=folder) as new:
-        new = Path(new)
-        weights = {}
-        for name, gan in nets.items():
-            weights[name] = {key: value.cpu() for key, value in gan.state_dict().items()}
-        saved = description | {"file": "nets.pt", "channels": task.x.shape[1], "nets": weights}
-        saved |= {"test_scores": scores, "test_labels": task.y_test}
-        with open(new / "nets.pt", "wb") as file:
-            torch.save(saved, file)
-
-        config = {"size": detector.size, "channels": detector.channels}
-        config |= {"held_out": detector.held_out, "z_dim": description["settings"]["z_dim"]}
-        config |= {"width": description["settings"]["student_width"]}
-        saved = {"file": "student.pt", "version": VERSION, "config": config}
-        with open(new / "student.pt", "wb") as file:
-            torch.save(saved | {"weights": detector.state_dict()}, file)
-
-        example = torch.zeros(2, *task.x.shape[1:])
-        shapes = ({0: torch.export.Dim.DYNAMIC},)  # any number of images
-        program = torch.export.export(detector, (example,), dynamic_shapes=shapes)
-        with open(new / "student.pt2", "wb") as file:
-            torch.export.save(program, file, extra_files={"config.json": json.dumps(config)})
-
-        with open(new / "samples.png", "wb") as file:
-            draw_samples(nets, task).save(file, format="png")
-        (new / "result.json").write_text(json.dumps(result, indent=1))
-
-        (folder / "result.json").unlink(missing_ok=True)  # it is the mark of a whole run, and so
-        for name in FILES:  # the first to go and the last to come
-            (new / name).replace(folder / name)
+        for name, content in files.items():
+            Path(new, name).write_bytes(content.getvalue())
+        Path(folder, "result.json").unlink(missing_ok=True)
+        for name in FILES:
+            Path(new, name).replace(folder / name)
 
 
 def load_file(path, name):
@@ -995,9 +1007,7 @@ def load_nets(path):
     settings = Settings(**saved["settings"])
     nets = {}
     for name, weights in saved.pop("nets").items():
-        width = settings.student_width
-        if name in ("teacher", "teacher_step2"):
-            width = settings.teacher_width
+        width = settings.teacher_width if "teacher" in name else settings.student_width
         nets[name] = GAN(saved["size"], saved["channels"], width, settings.z_dim)
         nets[name].load_state_dict(weights)
     return nets, saved
@@ -1011,41 +1021,49 @@ def load_detector(path):
     return detector
 
 
-def load_teacher(place, name, run):
+def load_teacher(place, name, description):
     """The teacher of an earlier run, and the Settings of that run. place: its nets.pt, its folder,
-    or a folder that has its folder, called name. run: the describe() of the run that wants it.
-    Raises OSError, and ValueError for a teacher of other images or another size."""
+    or a folder that has its folder, called name. description: that of the run that wants it. Raises
+    OSError, and ValueError for a teacher of other images or another size."""
     file = Path(place)
     if (file / name).is_dir():
         file = file / name
     if file.is_dir():
         file = file / "nets.pt"
     nets, saved = load_nets(file)
-    its, names = flat(saved), ["normal", "size", "teacher_width", "z_dim", "training_images"]
-    found = differences({name: its[name] for name in names}, flat(run))
+    names = ["normal", "size", "teacher_width", "z_dim", "training_images"]
+    found = differences({key: flat(description)[key] for key in names}, flat(saved))
     if found:
-        raise ValueError(f"{file} has another teacher: {'; '.join(found)}")
+        raise ValueError(f"{file}: this run needs a teacher of {'; '.join(found)}")
     return nets["teacher"], Settings(**saved["settings"])
 
 
 # ----------------------------------------------------------------------------------------- program
+def check_device(device):
+    """Raises ValueError for a device that cannot be used."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {error}") from error
+
+
 def run(options, settings):
     """Train, evaluate, print and save. Raises as load_task(), claim_folder() and train_stages()."""
+    check_device(options.device)
     task = load_task(options)
     name = f"{task.source}-{options.normal}-seed{settings.seed}".replace("/", "-")
     folder = Path(options.out or f"runs/{name}")
-    teacher, stages = None, STAGES
+    description, teacher, stages = describe(options, settings, task), None, STAGES
     if options.teacher:
-        run_now = describe(options, settings, task)
-        teacher, its = load_teacher(options.teacher, name, run_now)
+        teacher, its = load_teacher(options.teacher, name, description)
         settings = replace(settings, teacher_updates=its.teacher_updates, lr_teacher=its.lr_teacher)
+        description["settings"] = asdict(settings)
         teacher, stages = teacher.to(options.device), STAGES[1:]
-    description = describe(options, settings, task)
     claim_folder(folder, description)
 
-    n, held_out = len(task.x), len(task.x_held)
-    print(f"{n + held_out} images of {task.normal}: {n} images, {held_out} held out", end="; ")
-    print(f"{len(task.kinds)} test images; on {options.device}, into {folder}")
+    n, held_out, test = len(task.x), len(task.x_held), len(task.x_test)
+    counts = f"{n + held_out} images of {task.normal}: {n} images, {held_out} held out"
+    print(f"{counts}; {test} test images; on {options.device}, into {folder}")
     began = monotonic()
     progress = Progress(task, stages)
     nets = train_stages(task.x, settings, progress.report, teacher)
@@ -1063,9 +1081,10 @@ def score_images(student, paths, alpha):
     is "anomaly" if p <= alpha, else "-"; "?" if too few images were held out to tell. Returns the
     exit code: 1 if a file could not be read, else 0. Raises OSError."""
     detector, failed = load_detector(student), 0
-    enough = detector.held_out >= needed_for(alpha)
+    held_out = detector.config["held_out"]
+    enough = held_out >= needed_for(alpha)
     if not enough:
-        note(too_few(alpha, detector.held_out))
+        note(too_few(alpha, held_out))
     files = []
     for path in paths:
         files += image_files(path) if os.path.isdir(path) else [path]
@@ -1074,12 +1093,12 @@ def score_images(student, paths, alpha):
     print("path\tscore\tp-value\tverdict")
     for file in files:
         try:
-            x = read_image(file, detector.size)[None] / 127.5 - 1
+            x = read_image(file, detector.config["size"])[None] / 127.5 - 1
         except OSError as error:
             note(error)
             failed = 1
             continue
-        if detector.channels == 1:
+        if detector.config["channels"] == 1:
             x = x.mean(1, keepdim=True)
         scores, p_values = detector(x)
         p = p_values.item()
@@ -1095,13 +1114,15 @@ def score_images(student, paths, alpha):
 def table_title(result):
     """The title of a run's table: its data, and the settings that are not the data set's own. Runs
     of one title differ in class and seed alone."""
-    own = asdict(EXPERIMENTS[result["dataset"]]) | {"version": VERSION, "size": 32, "holdout": 0.0}
+    values, defaults = flat(result), asdict(EXPERIMENTS[result["dataset"]])
+    defaults |= {"version": VERSION, "size": 32, "holdout": 0.0, "teacher": ""}
     if result["dataset"] == "folder":
-        own["holdout"] = HOLDOUT_OF_A_FOLDER
-    own["seed"] = result["seed"]
-    its = flat(result)
-    changed = [f"{name} {its.get(name)}" for name in own if its.get(name) != own[name]]
-    return ", ".join([result["source"], *changed])
+        defaults["holdout"] = HOLDOUT_OF_A_FOLDER
+    title = result["source"]
+    for name, default in defaults.items():
+        if name != "seed" and values.get(name) != default:
+            title += f", {name} {values.get(name)}"
+    return title
 
 
 def print_tables(folder):
@@ -1119,7 +1140,10 @@ def print_tables(folder):
         figures = dict(result["auroc"])
         figures["detector"], figures["PCA"] = result["auroc_detector"], result["baselines"]["pca"]
         rows = tables.setdefault(table_title(result), {})
-        rows.setdefault(result["normal"], {})[result["seed"]] = figures
+        runs = rows.setdefault(result["normal"], {})
+        if result["seed"] in runs:
+            note(f"{file} is the second of its class, seed and settings: left out")
+        runs.setdefault(result["seed"], figures)
     if not tables:
         raise OSError(f"no results with an AUROC in {folder}")
     columns = [*STAGES, "gain", "detector", "PCA"]
@@ -1167,10 +1191,7 @@ def add_flags(group, values):
         text = item.metadata["text"]
         if default != "":
             text += f" ({default})"
-        letter = "N" if item.type in (int, float) else None
-        group.add_argument(
-            flag_of(item.name), type=item.type, default=default, metavar=letter, help=text
-        )
+        group.add_argument(flag_of(item.name), type=item.type, default=default, help=text)
 
 
 def taken_from(args, values, parser):
@@ -1239,9 +1260,9 @@ def main(argv):
     except BrokenPipeError:  # "| head" has seen enough
         os._exit(1)  # sys.exit() would try to write again
     except KeyboardInterrupt:
-        note("interrupted; nothing is half-written")
+        note("interrupted; no file is half-written")
         return 130
-    except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
+    except (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
         note(error)
         return 2 if isinstance(error, ValueError) else 1
     return 0
