@@ -540,24 +540,27 @@ IMAGE_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if 
 
 def image_files(folder, inside=()):
     """The images in a folder and in its subfolders, sorted. A file is an image if its name ends as
-    those that Pillow reads. Hidden ones (.x, @x) and other files are left out, the latter counted
-    on stderr. Links are followed, but not back into a folder that they lie in (inside)."""
+    those that Pillow reads. What is hidden (.x, or @x of a NAS) and other files are left out, and
+    counted on stderr, but for .x. Links are followed, but not back into a folder that they lie in
+    (inside)."""
     real = os.path.realpath(folder)
     if real in inside:
         return []
     images, left_out = [], 0
     for name in sorted(os.listdir(folder)):
         path = Path(folder, name)
-        if name.startswith((".", "@")):
+        if name.startswith("."):
             continue
-        if path.is_dir():
+        if name.startswith("@"):
+            left_out += 1
+        elif path.is_dir():
             images += image_files(path, (*inside, real))
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             images.append(path)
         else:
             left_out += 1
     if left_out:
-        note(f"{folder}: {left_out} files left out, whose names are not those of images")
+        note(f"{folder}: left out {left_out}, hidden or not named as an image")
     return images
 
 
@@ -660,7 +663,8 @@ def load_task(options):
         x = without_copies(x)
     n = int((1 - options.holdout) * len(x))  # not chosen at random: neighbours may be alike
     if n < 10:
-        raise ValueError(f"{n} different images of {normal} to train on: at least 10 are needed")
+        found = f"{len(x)} different images of {normal}, {n} of them to train on"
+        raise ValueError(f"{found}: at least 10 are needed")
     scaled = x.float() / 127.5 - 1
     return Task(
         x=scaled[:n].to(options.device),
@@ -1053,6 +1057,9 @@ def run(options, settings):
     task = load_task(options)
     name = f"{task.source}-{options.normal}-seed{settings.seed}".replace("/", "-")
     folder = Path(options.out or f"runs/{name}")
+    n, held_out, test = len(task.x), len(task.x_held), len(task.x_test)
+    counts = f"{n + held_out} images of {task.normal}: {n} images, {held_out} held out"
+    print(f"{counts}; {test} test images; on {options.device}, into {folder}")
     description, teacher, stages = describe(options, settings, task), None, STAGES
     if options.teacher:
         teacher, its = load_teacher(options.teacher, name, description)
@@ -1061,9 +1068,6 @@ def run(options, settings):
         teacher, stages = teacher.to(options.device), STAGES[1:]
     claim_folder(folder, description)
 
-    n, held_out, test = len(task.x), len(task.x_held), len(task.x_test)
-    counts = f"{n + held_out} images of {task.normal}: {n} images, {held_out} held out"
-    print(f"{counts}; {test} test images; on {options.device}, into {folder}")
     began = monotonic()
     progress = Progress(task, stages)
     nets = train_stages(task.x, settings, progress.report, teacher)
