@@ -31,7 +31,8 @@ from the frozen teacher alone, then together with it [paper]. train_stages() run
     L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd    the distillation losses
 
 The student alone is the baseline: the same net, from the same initial weights, trained for as many
-updates as both steps. Step 2 goes on with step 1's student, its D included, and a new optimizer.
+updates as both steps. Step 2 goes on with step 1's student, its D included. The f in L_adv_kd is of
+that student's D. Each stage has a new optimizer, whose rates rise and then fall to zero.
 (The program saves the student as a Detector, whose score is whitened besides [ours].)
 
 The method ends at the line "# ====". Pasted alone, it trains:
@@ -89,8 +90,8 @@ class Settings:
     seed: int = setting(0, "random seed of initial weights and of the images' order", high=2**32)
 
 
-# What the run of each data set uses. Behind it is FLOPs of the teacher / FLOPs of the student, here
-# and in the paper. Rates and w_con were chosen on a validation split.
+# What the run of each data set uses. The comments are FLOPs of the teacher / FLOPs of the student,
+# and the paper's ratio. Rates and w_con were chosen on a validation split.
 EXPERIMENTS = {
     "digits": Settings(  # 230, a smoke test
         student_width=1,
@@ -143,7 +144,7 @@ class Encoder(nn.Module):
     def __init__(self, size, channels, width, n_out):
         super().__init__()
         widths = block_widths(size, width)
-        layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]  # x -> (w, 16, 16)
+        layers = [nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]  # x -> (w, 16, 16)
         for c_in, c_out in pairwise(widths):  # -> (2w, 8, 8) -> (4w, 4, 4)
             layers += [nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False)]
             layers += [nn.InstanceNorm2d(c_out, affine=True), nn.LeakyReLU(0.2)]
@@ -167,7 +168,7 @@ class Decoder(nn.Module):
         for c_in, c_out in pairwise(widths):  # -> (2w, 8, 8) -> (w, 16, 16)
             layers += [nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False)]
             layers += [nn.InstanceNorm2d(c_out, affine=True), nn.ReLU()]
-        layers += [nn.ConvTranspose2d(width, channels, 4, 2, 1), nn.Tanh()]  # -> (C, 32, 32)
+        layers += [nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1), nn.Tanh()]  # -> (C, 32, 32)
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z):
@@ -282,7 +283,8 @@ def distillation_losses(student, out_t, out_s, settings):
     teacher and student made of the same images. Take their gradients as those of gan_losses()."""
     logit_t, f_t = student.d(out_t.x_hat.detach())
     logit_s, f_s = student.d(out_s.x_hat)  # not detached: f_s is for G
-    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake
+    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (To Adam, a factor
+    # of all that D minimises is nothing: kd_adv counts in step 2, against w_own.)
     loss_d = settings.kd_adv * discriminator_loss(logit_t, logit_s)
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
     inter = intermediate_distillation_loss(out_t.x_hat, out_s.x_hat)
@@ -294,9 +296,9 @@ def distillation_losses(student, out_t, out_s, settings):
 
 # ----------------------------------------------------------------------------------------- training
 def rate_factor(done, updates):
-    """The share of the peak learning rate after some updates of a stage: it rises linearly over the
-    first 15 % of them, then falls to 0 as half a cosine [ours]. It is that of the middle of the
-    coming update, so that a stage of a single update learns, too."""
+    """What the peak learning rate is multiplied by, after so many updates of a stage: it rises
+    linearly over the first 15 % of them, then falls to 0 as half a cosine [ours]. It is taken in
+    the middle of the coming update, so that a stage of a single update learns, too."""
     progress = (done + 0.5) / updates
     if progress < 0.15:
         return progress / 0.15
@@ -305,18 +307,24 @@ def rate_factor(done, updates):
 
 def shuffled_batches(x, updates, settings):
     """The indices into x of each update's images: all of x in a random order, then in another, and
-    so on. Every batch is whole. The orders are those of the seed, the same in every stage."""
+    so on; a batch may span two. The orders are those of the seed, the same in every stage."""
     rng = torch.Generator().manual_seed(settings.seed)
     passes = math.ceil(updates * settings.batch / len(x))
     orders = [torch.randperm(len(x), generator=rng) for _ in range(max(1, passes))]
     return torch.cat(orders).to(x.device).split(settings.batch)[:updates]
 
 
+def parts_of(x):
+    """Images x in parts that fit a CPU's cache: of as many pixels as 128 images of 32 x 32."""
+    pixels = x.shape[2] * x.shape[3]
+    return x.split(max(1, 128 * 32 * 32 // pixels))
+
+
 def fit(stage, gans, rates, losses, batches, report):
-    """Train GANs in place, an update for each of the batches.
+    """Train GANs in place, an update for each of the batches (of indices).
 
     gans, rates: the GANs that are trained, and the peak learning rate of each
-    losses: a function, batch -> (loss of the D's, loss of the G's)
+    losses: a function, indices of a batch -> (loss of the D's, loss of the G's)
     report: None, or called at each tenth of the updates, with the first of the gans:
         report(stage, gan, update, updates, loss_d, loss_g)
     Raises FloatingPointError when a loss overflows.
@@ -332,9 +340,9 @@ def fit(stage, gans, rates, losses, batches, report):
     g_params = [p for gan in gans for p in gan.g.parameters()]
     tenths = [math.ceil(updates * tenth / 10) for tenth in range(1, 11)]
 
-    for update, batch in enumerate(batches, start=1):
+    for update, indices in enumerate(batches, start=1):
         # 2. Both losses are those of the weights as they are now.
-        loss_d, loss_g = losses(batch)
+        loss_d, loss_g = losses(indices)
 
         # 3. The D's get the gradient of loss_d alone, the G's that of loss_g alone. Both are taken
         #    before any weight changes, so that the two losses can share D(x_hat).
@@ -357,7 +365,8 @@ def fit(stage, gans, rates, losses, batches, report):
 
 # ------------------------------------------------------------------------------------------- stages
 def new_gan(x, width, settings):
-    """A GAN of a width for images like x. Its initial weights are those of the seed."""
+    """A GAN of a width for images like x. It seeds torch, so that the initial weights are those of
+    the seed."""
     torch.manual_seed(settings.seed)
     return GAN(x.shape[3], x.shape[1], width, settings.z_dim).to(x.device)
 
@@ -365,19 +374,13 @@ def new_gan(x, width, settings):
 def train_gan(stage, gan, x, rate, updates, settings, report=None):
     """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone"."""
 
-    def losses(batch):
+    def losses(indices):
         """The GAN's own losses."""
-        out = gan.g(x[batch])
-        return gan_losses(gan, x[batch], out, settings)
+        out = gan.g(x[indices])
+        return gan_losses(gan, x[indices], out, settings)
 
     batches = shuffled_batches(x, updates, settings)
     fit(stage, [gan], [rate], losses, batches, report)
-
-
-def parts_of(x):
-    """Images x in parts that fit a CPU's cache: of as many pixels as 128 images of 32 x 32."""
-    pixels = x.shape[2] * x.shape[3]
-    return x.split(max(1, 128 * 32 * 32 // pixels))
 
 
 def train_step1(student, teacher, x, settings, report=None):
@@ -389,10 +392,10 @@ def train_step1(student, teacher, x, settings, report=None):
     x_hat_t = torch.cat([out.x_hat for out in outs])
     z_hat_t = torch.cat([out.z_hat for out in outs])
 
-    def losses(batch):
+    def losses(indices):
         """The student's distillation losses."""
-        out_t = Generated(z_t[batch], x_hat_t[batch], z_hat_t[batch])
-        out_s = student.g(x[batch])
+        out_t = Generated(z_t[indices], x_hat_t[indices], z_hat_t[indices])
+        out_s = student.g(x[indices])
         return distillation_losses(student, out_t, out_s, settings)
 
     batches = shuffled_batches(x, settings.step1_updates, settings)
@@ -405,13 +408,13 @@ def train_step2(student, teacher, x, settings, report=None):
     Given a new student instead of step 1's, this is also each of the paper's four single steps:
     lr_step2_teacher = 0 freezes the teacher, w_own = 0 drops the student's own losses [paper]."""
 
-    def losses(batch):
+    def losses(indices):
         """The student's distillation losses and own losses, and the teacher's own losses."""
-        out_t = teacher.g(x[batch])
-        out_s = student.g(x[batch])
+        out_t = teacher.g(x[indices])
+        out_s = student.g(x[indices])
         kd_d, kd_g = distillation_losses(student, out_t, out_s, settings)
-        own_d, own_g = gan_losses(student, x[batch], out_s, settings)
-        teacher_d, teacher_g = gan_losses(teacher, x[batch], out_t, settings)
+        own_d, own_g = gan_losses(student, x[indices], out_s, settings)
+        teacher_d, teacher_g = gan_losses(teacher, x[indices], out_t, settings)
         loss_d = kd_d + settings.w_own * own_d + teacher_d
         loss_g = kd_g + settings.w_own * own_g + teacher_g
         return loss_d, loss_g
@@ -466,8 +469,10 @@ def score(gan, x):
 
 
 def auroc(scores, y):
-    """AUROC in percent of scores (N,); y (N,) is true for an anomaly. Raises ValueError for scores
-    that are no numbers, and where all of y is the same."""
+    """AUROC in percent of scores (N,); y (N,) is true for an anomaly, and has both. Raises
+    FloatingPointError for scores that are no numbers."""
+    if not scores.isfinite().all():
+        raise FloatingPointError("scores are no numbers: lower the learning rates")
     return 100 * metrics.roc_auc_score(y, scores.cpu())
 
 
@@ -496,11 +501,15 @@ STAGES = ["teacher", "student_alone", "step1", "step2"]
 ALPHAS = [0.01, 0.05, 0.1]  # the shares of false alarms in the table of kinds
 HOLDOUT_OF_A_FOLDER = 0.2
 FILES = ["nets.pt", "student.pt", "student.pt2", "samples.png", "result.json"]  # in order
-EXAMPLES = """Learn from images of one normal class, and score any image by how anomalous it is.
+DESCRIPTION = """Learn from images of one normal class, and score any image by how anomalous it is.
 
   python pkdgan.py --dataset mnist --normal 3
   python pkdgan.py --dataset folder --data parts --normal good
   python pkdgan.py --score runs/parts-good-seed0/student.pt new/*.jpg"""
+
+
+class UsageError(Exception):
+    """What was asked for cannot be: the program ends with 2."""
 
 
 @dataclass
@@ -516,8 +525,10 @@ class Options:
     )
     teacher: str = setting("", "take the teacher from a nets.pt, or from a folder of runs")
     out: str = setting("", "folder of the run; if none is named, runs/DATA-CLASS-seedSEED")
-    device: str = setting("", "cpu, cuda:1, mps, ...; if none is named, cuda where there is one")
-    alpha: float = setting(0.05, "share of false alarms that you accept", low=1e-9, high=1)
+    device: str = setting(
+        "", "to train on: cpu, cuda:1, mps, ...; if none is named, cuda if it can"
+    )
+    alpha: float = setting(0.05, "share of false alarms that you accept", low=1e-9, high=0.5)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -532,7 +543,8 @@ class Task:
     kinds: list  # for each test image, its class
     normal: str  # the normal class
     source: str  # the name of the data set or folder
-    fingerprint: str  # a hash of x, which tells whether two runs trained on the same images
+    training_images: str  # a hash of x: runs with one hash have trained on the same images
+    other_images: str  # a hash of x_held, x_test and kinds
 
 
 IMAGE_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -643,8 +655,16 @@ def without_copies(x):
     return x[list(first.values())]
 
 
+def hash_of(*things):
+    """A hash of tensors and lists, of 16 letters."""
+    found = hashlib.sha256()
+    for thing in things:
+        found.update(str(thing).encode() if isinstance(thing, list) else thing.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def load_task(options):
-    """The Task of a run. Raises ValueError for an unknown class or too few images, OSError for
+    """The Task of a run. Raises UsageError for an unknown class or too few images, OSError for
     unusable data."""
     x, kinds, classes = load_split(options, "train")
     x_test, test_kinds, _ = load_split(options, "test")
@@ -657,14 +677,14 @@ def load_task(options):
     if normal not in classes:
         hint = "" if options.dataset == "folder" else "; for your own images: --dataset folder"
         found = ", ".join(classes) or "none"
-        raise ValueError(f"--normal {normal}: the classes in {where} are: {found}{hint}")
+        raise UsageError(f"--normal {normal}: the classes in {where} are: {found}{hint}")
     x = x[[kind == normal for kind in kinds]]
     if options.dataset == "folder":
         x = without_copies(x)
     n = int((1 - options.holdout) * len(x))  # not chosen at random: neighbours may be alike
     if n < 10:
         found = f"{len(x)} different images of {normal}, {n} of them to train on"
-        raise ValueError(f"{found}: at least 10 are needed")
+        raise UsageError(f"{found}: at least 10 are needed")
     scaled = x.float() / 127.5 - 1
     return Task(
         x=scaled[:n].to(options.device),
@@ -674,7 +694,8 @@ def load_task(options):
         kinds=test_kinds,
         normal=normal,
         source=source,
-        fingerprint=hashlib.sha256(x[:n].numpy().tobytes()).hexdigest()[:16],
+        training_images=hash_of(x[:n]),
+        other_images=hash_of(x[n:], x_test, test_kinds),
     )
 
 
@@ -830,8 +851,7 @@ def evaluate(nets, scores, detector, task, options):
     held_out = len(task.x_held)
     result["images"] = {"train": len(task.x), "held_out": held_out, "test": len(task.x_test)}
     result["kinds"] = table_of_kinds(task, detector_scores, p_values, held_out)
-    rank = int(round(options.alpha * (1 + held_out), 6))
-    result["alpha"] = options.alpha
+    rank = int(round(options.alpha * (1 + held_out), 6))  # rounded: 0.07 * 100 is 7.000000000000001
     # A score is flagged if it is higher than the rank-th highest of the held-out ones.
     result["threshold"] = detector.held_out_scores[-rank].item() if rank else None
     result["false_alarms"] = false_alarms(rank, held_out) if rank else None
@@ -846,17 +866,17 @@ def evaluate(nets, scores, detector, task, options):
 
 def print_columns(name, values):
     """Print a line of a table: a name and values, aligned."""
-    print(f"{name:15}" + "".join(f"{value:>9}" for value in values))
+    print(f"{name:15}" + "".join(f"{value:>11}" for value in values))
 
 
 def print_result(result):
     """Print what a run found."""
     if result["auroc"]:
-        print_columns("\nAUROC in %", [])
+        print("\nAUROC in %")
         for stage in STAGES:
             print_columns(stage, [f"{result['auroc'][stage]:.2f}"])
-        print_columns("detector", [f"{result['auroc_detector']:.2f}  (step2, whitened)"])
-        print_columns("PCA", [f"{result['baselines']['pca']:.2f}  (a baseline without nets)"])
+        print_columns("detector", [f"{result['auroc_detector']:.2f}", "  step2, whitened"])
+        print_columns("PCA", [f"{result['baselines']['pca']:.2f}", "  a baseline without nets"])
     else:
         print("\nno AUROC: the test images are all normal, all anomalies, or none")
     print(f"The teacher takes {result['ratio']:.0f} times as many FLOPs as the student.")
@@ -917,8 +937,10 @@ def describe(options, settings, task):
         "seed": settings.seed,
         "size": options.size,
         "holdout": options.holdout,
-        "training_images": task.fingerprint,
+        "training_images": task.training_images,
+        "other_images": task.other_images,
         "teacher": options.teacher,
+        "alpha": options.alpha,
         "settings": asdict(settings),
     }
 
@@ -945,13 +967,13 @@ def read_result(file):
 
 
 def claim_folder(folder, description):
-    """Make the folder of a run of a description, and check that it is writable. Raises ValueError
+    """Make the folder of a run of a description, and check that it is writable. Raises UsageError
     if the folder has the result of another run, OSError if it is not writable."""
     before = read_result(folder / "result.json") if (folder / "result.json").exists() else None
     if before is not None:
         found = differences(flat(description), flat(before))
         if found:
-            raise ValueError(f"{folder} has another run ({'; '.join(found)}): name another --out")
+            raise UsageError(f"{folder} has another run ({'; '.join(found)}): name another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -1025,34 +1047,35 @@ def load_detector(path):
     return detector
 
 
-def load_teacher(place, name, description):
+def load_teacher(place, names, description):
     """The teacher of an earlier run, and the Settings of that run. place: its nets.pt, its folder,
-    or a folder that has its folder, called name. description: that of the run that wants it. Raises
-    OSError, and ValueError for a teacher of other images or another size."""
+    or a folder that has its folder under one of names. description: that of the run that wants it.
+    Raises OSError, and UsageError for a teacher of other images or another size."""
     file = Path(place)
-    if (file / name).is_dir():
-        file = file / name
+    for folder in (file, *[file / name for name in names]):
+        if (folder / "nets.pt").exists():
+            file = folder / "nets.pt"
     if file.is_dir():
-        file = file / "nets.pt"
+        raise OSError(f"no nets.pt in {file}, nor in {' or '.join(names)} below it")
     nets, saved = load_nets(file)
     names = ["normal", "size", "teacher_width", "z_dim", "training_images"]
     found = differences({key: flat(description)[key] for key in names}, flat(saved))
     if found:
-        raise ValueError(f"{file}: this run needs a teacher of {'; '.join(found)}")
+        raise UsageError(f"{file}: this run needs a teacher of {'; '.join(found)}")
     return nets["teacher"], Settings(**saved["settings"])
 
 
 # ----------------------------------------------------------------------------------------- program
 def check_device(device):
-    """Raises ValueError for a device that cannot be used."""
+    """Raises UsageError for a device that cannot be used."""
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {error}") from error
+        raise UsageError(f"--device {device} cannot be used: {error}") from error
 
 
 def run(options, settings):
-    """Train, evaluate, print and save. Raises as load_task(), claim_folder() and train_stages()."""
+    """Train, evaluate, print and save. Raises UsageError, OSError and FloatingPointError."""
     check_device(options.device)
     task = load_task(options)
     name = f"{task.source}-{options.normal}-seed{settings.seed}".replace("/", "-")
@@ -1062,7 +1085,7 @@ def run(options, settings):
     print(f"{counts}; {test} test images; on {options.device}, into {folder}")
     description, teacher, stages = describe(options, settings, task), None, STAGES
     if options.teacher:
-        teacher, its = load_teacher(options.teacher, name, description)
+        teacher, its = load_teacher(options.teacher, [name, folder.name], description)
         settings = replace(settings, teacher_updates=its.teacher_updates, lr_teacher=its.lr_teacher)
         description["settings"] = asdict(settings)
         teacher, stages = teacher.to(options.device), STAGES[1:]
@@ -1221,7 +1244,7 @@ def parse(argv):
         options.holdout = HOLDOUT_OF_A_FOLDER
     parser = Parser(
         usage="python pkdgan.py [FLAGS] [IMAGES]",
-        description=EXAMPLES,
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -1266,9 +1289,12 @@ def main(argv):
     except KeyboardInterrupt:
         note("interrupted; no file is half-written")
         return 130
-    except (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except UsageError as error:
         note(error)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2
+    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        note(error)
+        return 1
     return 0
 
 
