@@ -283,8 +283,8 @@ def distillation_losses(student, out_t, out_s, settings):
     teacher and student made of the same images. Take their gradients as those of gan_losses()."""
     logit_t, f_t = student.d(out_t.x_hat.detach())
     logit_s, f_s = student.d(out_s.x_hat)  # not detached: f_s is for G
-    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (To Adam, a factor
-    # of all that D minimises is nothing: kd_adv counts in step 2, against w_own.)
+    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (Adam cancels a
+    # factor of all that D minimises: kd_adv counts in step 2, against w_own.)
     loss_d = settings.kd_adv * discriminator_loss(logit_t, logit_s)
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
     inter = intermediate_distillation_loss(out_t.x_hat, out_s.x_hat)
