@@ -514,20 +514,16 @@ class UsageError(Exception):
 
 @dataclass
 class Options:
-    """What a run needs to know beside its Settings: its images, and where its files go."""
+    """What a run needs to know besides its Settings: its images, and where its files go."""
 
     dataset: str = setting("digits", "digits, mnist, fmnist, cifar10, or folder: your own images")
     normal: str = setting("8", "the normal class: its name or, but for a folder, its number")
     data: str = setting("data", "where data sets are or go to; folder: what has train/ and test/")
     size: int = setting(32, "images become size x size: 16, 32, 64, 128, 256 or 512")
-    holdout: float = setting(
-        0.0, "share of the normal training images, from the end, not trained on", high=1
-    )
+    holdout: float = setting(0.0, "share of normal training images, the last, held out", high=1)
     teacher: str = setting("", "take the teacher from a nets.pt, or from a folder of runs")
-    out: str = setting("", "folder of the run; if none is named, runs/DATA-CLASS-seedSEED")
-    device: str = setting(
-        "", "to train on: cpu, cuda:1, mps, ...; if none is named, cuda if it can"
-    )
+    out: str = setting("", "folder of the run; else runs/DATA-CLASS-seedSEED")
+    device: str = setting("", "to train on: cpu, cuda:1, mps, ...; else cuda, if there is one")
     alpha: float = setting(0.05, "share of false alarms that you accept", low=1e-9, high=0.5)
 
 
