@@ -1,7 +1,7 @@
 """P-KDGAN: one-class novelty detection by a tiny GAN that learned from a wide one.
 
-    python pkdgan.py                                 # digits, half a minute: step2 AUROC about 96
-    python pkdgan.py --dataset mnist --normal 3      # ten minutes on a CPU: about 95
+    python pkdgan.py                                 # digits, a minute on a CPU: AUROC about 96
+    python pkdgan.py --dataset mnist --normal 3      # a quarter of an hour: about 95
     python pkdgan.py --dataset cifar10 --normal 3    # one of the paper's runs; --help has the flags
 
 The method is that of Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for
@@ -881,7 +881,7 @@ def print_result(result):
     alphas = ALPHAS if held_out else []
     if result["kinds"]:
         columns = [f"% at {a}" for a in alphas]
-        print(f"\nWhat the detector tells from {result['normal']}, and flags at an alpha:")
+        print(f"\nThe detector, by kind of test image ({result['normal']} is normal):")
         print_columns("kind", ["images", "AUROC", *columns])
     for kind, row in result["kinds"].items():
         area = "-" if row["auroc"] is None else f"{row['auroc']:.2f}"
