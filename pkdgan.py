@@ -847,8 +847,9 @@ def evaluate(nets, scores, detector, task, options):
     held_out = len(task.x_held)
     result["images"] = {"train": len(task.x), "held_out": held_out, "test": len(task.x_test)}
     result["kinds"] = table_of_kinds(task, detector_scores, p_values, held_out)
-    rank = int(round(options.alpha * (1 + held_out), 6))  # rounded: 0.07 * 100 is 7.000000000000001
-    # A score is flagged if it is higher than the rank-th highest of the held-out ones.
+    # A score is flagged if it is higher than the rank-th highest of the held-out ones. (Rounded,
+    # since 0.29 * 100 is 28.999999999999996.)
+    rank = int(round(options.alpha * (1 + held_out), 6))
     result["threshold"] = detector.held_out_scores[-rank].item() if rank else None
     result["false_alarms"] = false_alarms(rank, held_out) if rank else None
     params_t, flops_t = cost(nets["teacher"], task.x)
