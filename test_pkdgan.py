@@ -1240,17 +1240,26 @@ def test_verdict_at_alpha_itself_and_where_too_few_are_held_out(n, verdict, tmp_
     assert ("alpha 0.05 needs 19 held out" in one_line(err)) if verdict == "?" else err == ""
 
 
-def test_checkpoint_that_is_none(digits_run, tmp_path, capsys):
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+def test_checkpoint_that_is_none(digits_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     path, folder = tmp_path / "file.pt", digits_run[2]
     whole = (folder / "student.pt").read_bytes()
     saved = torch.load(folder / "student.pt", weights_only=True)
-    bad = [b"text", whole[: len(whole) // 2], {"weights": 1}, SimpleNamespace(a=1)]
+    bad = [b"text", whole[: len(whole) // 2], {"weights": 1}, saved | {"more": Trap()}]
     bad += [saved | {"version": pk.VERSION - 1}, (folder / "nets.pt").read_bytes()]
     for content in bad:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         assert exit_code("--score", path, "x.png") == 1
         out, err = capsys.readouterr()
         assert out == "" and "file.pt is no student.pt" in one_line(err) and len(err) < 400
+    assert not Path("sprung").exists()  # nothing in a file is run
     assert exit_code("--score", folder / "student.pt2", "x.png") == 1
     assert "name the student.pt beside it" in one_line(capsys.readouterr().err)
 
