@@ -1401,6 +1401,12 @@ for name in ("result.json", "student.pt"):
 """  # stands for pkdgan.py
 
 
+def hear_signals():
+    """Bash cannot trap what its caller ignores: SIGHUP after nohup, SIGINT in the background."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def run_all(tmp_path, *flags, start=subprocess.run, pkdgan=STUB, **variables):
     """run_all.sh beside a pkdgan.py in a folder with a blank, called from the folder above."""
     home = tmp_path / "of mine"
@@ -1408,7 +1414,8 @@ def run_all(tmp_path, *flags, start=subprocess.run, pkdgan=STUB, **variables):
     script = shutil.copy(HERE / "run_all.sh", home)
     (home / "pkdgan.py").write_text(pkdgan)
     env = ENVIRONMENT | {"DATASETS": "digits", "NORMALS": "0 1", "OUT": "my runs"} | variables
-    return start(["bash", script, *flags], cwd=tmp_path, env=env, start_new_session=True, **PIPES)
+    how = PIPES | {"start_new_session": True, "preexec_fn": hear_signals}
+    return start(["bash", script, *flags], cwd=tmp_path, env=env, **how)
 
 
 def calls(tmp_path, word="--normal"):
