@@ -91,7 +91,8 @@ class Settings:
 
 
 # What the run of each data set uses. The comments are FLOPs of the teacher / FLOPs of the student,
-# and the paper's ratio. Rates and w_con were chosen on a validation split.
+# and the paper's ratio. The students' rates were chosen on a validation split, for an earlier
+# version of these nets.
 EXPERIMENTS = {
     "digits": Settings(  # 230, a smoke test
         student_width=1,
@@ -943,7 +944,7 @@ def describe(options, settings, task):
 
 
 def flat(run):
-    """A run's describe(), or a dict that has it, with the settings beside what else there is."""
+    """A run's describe(), or a result that holds it, with each setting as an entry of its own."""
     return {name: value for name, value in run.items() if name != "settings"} | run["settings"]
 
 
