@@ -296,72 +296,63 @@ def distillation_losses(student, out_t, out_s, settings):
 
 
 # ----------------------------------------------------------------------------------------- training
+def shuffled_batches(x, updates, settings):
+    """The indices into x of each update's images: all of x in a random order, then in another, and
+    so on; a batch may span two. The orders are those of the seed, the same in every stage."""
+    rng = torch.Generator().manual_seed(settings.seed)
+    passes = max(1, math.ceil(updates * settings.batch / len(x)))
+    orders = [torch.randperm(len(x), generator=rng) for _ in range(passes)]
+    return torch.cat(orders).to(x.device).split(settings.batch)[:updates]
+
+
 def rate_factor(done, updates):
     """What the peak learning rate is multiplied by, after so many updates of a stage: it rises
     linearly over the first 15 % of them, then falls to 0 as half a cosine [ours]. It is taken in
     the middle of the coming update, so that a stage of a single update learns, too."""
-    progress = (done + 0.5) / updates
+    progress = (done + 0.5) / max(1, updates)
     if progress < 0.15:
         return progress / 0.15
     return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
 
 
-def shuffled_batches(x, updates, settings):
-    """The indices into x of each update's images: all of x in a random order, then in another, and
-    so on; a batch may span two. The orders are those of the seed, the same in every stage."""
-    rng = torch.Generator().manual_seed(settings.seed)
-    passes = math.ceil(updates * settings.batch / len(x))
-    orders = [torch.randperm(len(x), generator=rng) for _ in range(max(1, passes))]
-    return torch.cat(orders).to(x.device).split(settings.batch)[:updates]
+def new_optimizer(rates, updates):
+    """One Adam for all GANs of a stage, given the peak learning rate of each, and the schedule of
+    these rates over the stage's updates. The betas are DCGAN's."""
+    groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in rates.items()]
+    optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: rate_factor(done, updates))
+    return optimizer, schedule
+
+
+def fit(gans, loss_d, loss_g, optimizer, schedule):
+    """One update of GANs, in place: their D's get the gradient of loss_d alone, their G's that of
+    loss_g alone. Both are taken before any weight changes, so that the losses can share D(x_hat)."""
+    d_params = [p for gan in gans for p in gan.d.parameters()]
+    g_params = [p for gan in gans for p in gan.g.parameters()]
+    optimizer.zero_grad()
+    loss_d.backward(inputs=d_params, retain_graph=True)
+    loss_g.backward(inputs=g_params)
+    optimizer.step()
+    schedule.step()
+
+
+def watch(stage, gan, update, updates, loss_d, loss_g, report):
+    """At each tenth of a stage's updates, see that the losses are finite and call
+    report(stage, gan, update, updates, loss_d, loss_g), or nothing where report is None. Not more
+    often: .item() waits for a GPU. Raises FloatingPointError when a loss overflows."""
+    if update * 10 // updates == (update - 1) * 10 // updates:
+        return
+    d, g = loss_d.item(), loss_g.item()
+    if not math.isfinite(d + g):
+        raise FloatingPointError(f"{stage}: a loss overflows: lower the learning rates")
+    if report is not None:
+        report(stage, gan, update, updates, d, g)
 
 
 def parts_of(x):
     """Images x in parts that fit a CPU's cache: of as many pixels as 128 images of 32 x 32."""
     pixels = x.shape[2] * x.shape[3]
     return x.split(max(1, 128 * 32 * 32 // pixels))
-
-
-def fit(stage, gans, rates, losses, batches, report):
-    """Train GANs in place, an update for each of the batches (of indices).
-
-    gans, rates: the GANs that are trained, and the peak learning rate of each
-    losses: a function, indices of a batch -> (loss of the D's, loss of the G's)
-    report: None, or called at each tenth of the updates, with the first of the gans:
-        report(stage, gan, update, updates, loss_d, loss_g)
-    Raises FloatingPointError when a loss overflows.
-    """
-    updates = len(batches)
-    if updates == 0:
-        return
-    # 1. One Adam trains all GANs, each at its own rate. Its betas are DCGAN's.
-    groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in zip(gans, rates)]
-    optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: rate_factor(done, updates))
-    d_params = [p for gan in gans for p in gan.d.parameters()]
-    g_params = [p for gan in gans for p in gan.g.parameters()]
-    tenths = [math.ceil(updates * tenth / 10) for tenth in range(1, 11)]
-
-    for update, indices in enumerate(batches, start=1):
-        # 2. Both losses are those of the weights as they are now.
-        loss_d, loss_g = losses(indices)
-
-        # 3. The D's get the gradient of loss_d alone, the G's that of loss_g alone. Both are taken
-        #    before any weight changes, so that the two losses can share D(x_hat).
-        optimizer.zero_grad()
-        loss_d.backward(inputs=d_params, retain_graph=True)
-        loss_g.backward(inputs=g_params)
-
-        # 4. One step of the optimizer for all.
-        optimizer.step()
-        schedule.step()
-
-        # 5. At each tenth, look at the losses. Not more often: .item() waits for a GPU.
-        if update in tenths:
-            d, g = loss_d.item(), loss_g.item()
-            if not math.isfinite(d + g):
-                raise FloatingPointError(f"{stage}: a loss overflows: lower the learning rates")
-            if report is not None:
-                report(stage, gans[0], update, updates, d, g)
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -374,14 +365,12 @@ def new_gan(x, width, settings):
 
 def train_gan(stage, gan, x, rate, updates, settings, report=None):
     """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone"."""
-
-    def losses(indices):
-        """The GAN's own losses."""
+    optimizer, schedule = new_optimizer({gan: rate}, updates)
+    for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         out = gan.g(x[indices])
-        return gan_losses(gan, x[indices], out, settings)
-
-    batches = shuffled_batches(x, updates, settings)
-    fit(stage, [gan], [rate], losses, batches, report)
+        loss_d, loss_g = gan_losses(gan, x[indices], out, settings)
+        fit([gan], loss_d, loss_g, optimizer, schedule)
+        watch(stage, gan, update, updates, loss_d, loss_g, report)
 
 
 def train_step1(student, teacher, x, settings, report=None):
@@ -393,14 +382,14 @@ def train_step1(student, teacher, x, settings, report=None):
     x_hat_t = torch.cat([out.x_hat for out in outs])
     z_hat_t = torch.cat([out.z_hat for out in outs])
 
-    def losses(indices):
-        """The student's distillation losses."""
+    updates = settings.step1_updates
+    optimizer, schedule = new_optimizer({student: settings.lr_student}, updates)
+    for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         out_t = Generated(z_t[indices], x_hat_t[indices], z_hat_t[indices])
         out_s = student.g(x[indices])
-        return distillation_losses(student, out_t, out_s, settings)
-
-    batches = shuffled_batches(x, settings.step1_updates, settings)
-    fit("step1", [student], [settings.lr_student], losses, batches, report)
+        loss_d, loss_g = distillation_losses(student, out_t, out_s, settings)
+        fit([student], loss_d, loss_g, optimizer, schedule)
+        watch("step1", student, update, updates, loss_d, loss_g, report)
 
 
 def train_step2(student, teacher, x, settings, report=None):
@@ -408,9 +397,10 @@ def train_step2(student, teacher, x, settings, report=None):
 
     Given a new student instead of step 1's, this is also each of the paper's four single steps:
     lr_step2_teacher = 0 freezes the teacher, w_own = 0 drops the student's own losses [paper]."""
-
-    def losses(indices):
-        """The student's distillation losses and own losses, and the teacher's own losses."""
+    updates = settings.step2_updates
+    rates = {student: settings.lr_step2_student, teacher: settings.lr_step2_teacher}
+    optimizer, schedule = new_optimizer(rates, updates)
+    for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         out_t = teacher.g(x[indices])
         out_s = student.g(x[indices])
         kd_d, kd_g = distillation_losses(student, out_t, out_s, settings)
@@ -418,16 +408,13 @@ def train_step2(student, teacher, x, settings, report=None):
         teacher_d, teacher_g = gan_losses(teacher, x[indices], out_t, settings)
         loss_d = kd_d + settings.w_own * own_d + teacher_d
         loss_g = kd_g + settings.w_own * own_g + teacher_g
-        return loss_d, loss_g
-
-    rates = [settings.lr_step2_student, settings.lr_step2_teacher]
-    batches = shuffled_batches(x, settings.step2_updates, settings)
-    fit("step2", [student, teacher], rates, losses, batches, report)
+        fit([student, teacher], loss_d, loss_g, optimizer, schedule)
+        watch("step2", student, update, updates, loss_d, loss_g, report)
 
 
 def train_stages(x, settings, report=None, teacher=None):
     """Train all stages on normal images x (N, C, size, size) in [-1, 1], size one of SIZES.
-    report: see fit(). teacher: a trained GAN; without one, the first stage trains it. Returns the
+    report: see watch(). teacher: a trained GAN; without one, the first stage trains it. Returns the
     GAN that each stage leaves, by the stage's name, and "teacher_step2", its teacher."""
     if teacher is None:
         teacher = new_gan(x, settings.teacher_width, settings)

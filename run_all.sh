@@ -1,20 +1,29 @@
 #!/usr/bin/env bash
 # Train on each normal class of each data set, then print the tables. What is finished is skipped.
 #   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs bash run_all.sh [flags of pkdgan.py]
-set -efum -o pipefail # -f: a * in a name stays one; -m: the runs can be ended together
-program=$(dirname "$0")/pkdgan.py flags=$*
+set -fum # -f: a * in a name stays one; -m: each run is a process group, that can be killed
+program=$(dirname "$0")/pkdgan.py
+flags=$*
 out=${OUT:-runs}${flags:+/${flags//\//_}} # runs with flags have a folder of their own
-mkdir -p "$out"
-one='python "${@:2}" >"$1.log" 2>&1 && echo "$1" || { echo "failed: see $1.log" >&2; exit 1; }'
+mkdir -p "$out" || exit 1
+trap 'for run in $(jobs -rp); do kill -- "-$run"; done; exit 130' INT TERM HUP
+
+train() { # FOLDER FLAGS...
+  python "$program" "${@:2}" --out "$1" >"$1.log" 2>&1 && echo "$1" && return
+  echo "failed: see $1.log" >&2
+  return 1
+}
+
 for dataset in ${DATASETS:-mnist fmnist cifar10}; do
   for seed in ${SEEDS:-0}; do
     for normal in ${NORMALS:-0 1 2 3 4 5 6 7 8 9}; do
-      run=$out/$dataset-${normal//\//-}-seed$seed
-      [ -f "$run/result.json" ] && [ -f "$run/student.pt" ] && continue
-      printf '%s\0' "$run" "$program" --dataset "$dataset" --normal "$normal" --seed "$seed" --out "$run" "$@"
+      folder=$out/$dataset-${normal//\//-}-seed$seed
+      [ -f "$folder/result.json" ] && [ -f "$folder/student.pt" ] && continue
+      while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do sleep 0.2; done
+      train "$folder" --dataset "$dataset" --normal "$normal" --seed "$seed" "$@" &
+      runs="${runs:-} $!"
     done
   done
-done | xargs -0 -r -n $((10 + $#)) -P "${JOBS:-1}" bash -c "$one" one & # a run is 10 words and flags
-trap 'kill %1; exit 130' INT TERM HUP
-wait %1 || failed=1
-python "$program" --table "$out" && exit ${failed:-0}
+done
+for run in ${runs:-}; do wait "$run" || failed=1; done
+python "$program" --table "$out" && exit "${failed:-0}"

@@ -315,34 +315,23 @@ def test_every_image_once_a_pass_and_every_batch_is_whole():
     assert batches_of(3, 0) == ()
 
 
-def idle_losses(net, values):
-    """Losses for fit() that move nothing and have the values of an iterator."""
-
-    def losses(i):
-        d, g = (0 * sum(p.sum() for p in part.parameters()) for part in (net.d, net.g))
-        value = next(values)
-        return d + value, g + 2 * value
-
-    return losses
-
-
 @pytest.mark.parametrize("updates, told", [(20, [*range(2, 21, 2)]), (3, [1, 2, 3]), (0, [])])
-def test_fit_reports_ten_times(updates, told):
-    net, reports = small_gan(1), []
-    losses = idle_losses(net, iter(range(1, 100)))
+def test_losses_are_reported_ten_times_a_stage(updates, told):
+    reports = []
 
     def report(*what):
         reports.append(what)
 
-    pk.fit("a stage", [net], [0.0], losses, batches_of(8, updates), report)
-    assert reports == [("a stage", net, k, updates, float(k), 2.0 * k) for k in told]
+    for k in range(1, updates + 1):
+        pk.watch("a stage", "its net", k, updates, tensor(k), tensor(2 * k), report)
+    assert reports == [("a stage", "its net", k, updates, k, 2 * k) for k in told]
 
 
-def test_fit_stops_at_an_overflow():
-    net = small_gan(1)
-    losses = idle_losses(net, iter([1.0, math.inf, 1.0, 1.0]))
+@pytest.mark.parametrize("d, g", [(math.inf, 1.0), (1.0, math.nan)])
+def test_a_stage_stops_at_an_overflow(d, g):
+    pk.watch("a stage", None, 3, 20, tensor(d), tensor(g), None)
     with pytest.raises(FloatingPointError, match="a stage.*learning rates"):
-        pk.fit("a stage", [net], [0.0], losses, batches_of(8, 4), None)
+        pk.watch("a stage", None, 4, 20, tensor(d), tensor(g), None)
 
 
 def stages_by_hand(x, s):
@@ -1457,7 +1446,7 @@ def test_run_all_with_flags_has_a_folder_of_its_own(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     out = "my runs/--data a b_c --w-own 0"
     assert runs_of(tmp_path) == [("digits", "0", "1", f"{out}/digits-1-seed0")]
-    assert calls(tmp_path)[0][-4:] == ["--data", "a b/c", "--w-own", "0"]
+    assert calls(tmp_path)[0][7:11] == ["--data", "a b/c", "--w-own", "0"]
     assert calls(tmp_path, "--table")[0][1:] == ["--table", out]
 
 
