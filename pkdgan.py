@@ -556,7 +556,7 @@ def image_files(folder, inside=()):
         else:
             left_out += 1
     if left_out:
-        note(f"{folder}: left out {left_out}, hidden or not named as an image")
+        warn(f"{folder}: left out {left_out}, hidden or not named as an image")
     return images
 
 
@@ -635,16 +635,16 @@ def without_copies(x):
     for index, image in enumerate(x):
         first.setdefault(image.numpy().tobytes(), index)
     if len(first) < len(x):
-        note(f"{len(x) - len(first)} training images equal another one: they are left out")
+        warn(f"{len(x) - len(first)} training images equal another one: they are left out")
     return x[list(first.values())]
 
 
 def hash_of(*things):
     """A hash of tensors and lists, of 16 letters."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for thing in things:
-        found.update(str(thing).encode() if isinstance(thing, list) else thing.numpy().tobytes())
-    return found.hexdigest()[:16]
+        sha.update(str(thing).encode() if isinstance(thing, list) else thing.numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def load_task(options):
@@ -660,15 +660,15 @@ def load_task(options):
         normal = classes[int(normal)]
     if normal not in classes:
         hint = "" if options.dataset == "folder" else "; for your own images: --dataset folder"
-        found = ", ".join(classes) or "none"
-        raise UsageError(f"--normal {normal}: the classes in {where} are: {found}{hint}")
+        names = ", ".join(classes) or "none"
+        raise UsageError(f"--normal {normal}: the classes in {where} are: {names}{hint}")
     x = x[[kind == normal for kind in kinds]]
     if options.dataset == "folder":
         x = without_copies(x)
     n = int((1 - options.holdout) * len(x))  # not chosen at random: neighbours may be alike
     if n < 10:
-        found = f"{len(x)} different images of {normal}, {n} of them to train on"
-        raise UsageError(f"{found}: at least 10 are needed")
+        counts = f"{len(x)} different images of {normal}, {n} of them to train on"
+        raise UsageError(f"{counts}: at least 10 are needed")
     scaled = x.float() / 127.5 - 1
     return Task(
         x=scaled[:n].to(options.device),
@@ -930,7 +930,7 @@ def describe(options, settings, task):
     }
 
 
-def flat(run):
+def flattened(run):
     """A run's describe(), or a result that holds it, with each setting as an entry of its own."""
     return {name: value for name, value in run.items() if name != "settings"} | run["settings"]
 
@@ -948,7 +948,7 @@ def read_result(file):
             raise ValueError("it is of no run")
         return result
     except (OSError, ValueError, AttributeError) as error:
-        note(f"{file} cannot be read ({error})")
+        warn(f"{file} cannot be read ({error})")
 
 
 def claim_folder(folder, description):
@@ -956,9 +956,9 @@ def claim_folder(folder, description):
     if the folder has the result of another run, OSError if it is not writable."""
     before = read_result(folder / "result.json") if (folder / "result.json").exists() else None
     if before is not None:
-        found = differences(flat(description), flat(before))
-        if found:
-            raise UsageError(f"{folder} has another run ({'; '.join(found)}): name another --out")
+        others = differences(flattened(description), flattened(before))
+        if others:
+            raise UsageError(f"{folder} has another run ({'; '.join(others)}): name another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -1044,9 +1044,10 @@ def load_teacher(place, names, description):
         raise OSError(f"no nets.pt in {file}, nor in {' or '.join(names)} below it")
     nets, saved = load_nets(file)
     names = ["normal", "size", "teacher_width", "z_dim", "training_images"]
-    found = differences({key: flat(description)[key] for key in names}, flat(saved))
-    if found:
-        raise UsageError(f"{file}: this run needs a teacher of {'; '.join(found)}")
+    needed = {name: flattened(description)[name] for name in names}
+    others = differences(needed, flattened(saved))
+    if others:
+        raise UsageError(f"{file}: this run needs a teacher of {'; '.join(others)}")
     return nets["teacher"], Settings(**saved["settings"])
 
 
@@ -1068,12 +1069,14 @@ def run(options, settings):
     n, held_out, test = len(task.x), len(task.x_held), len(task.x_test)
     counts = f"{n + held_out} images of {task.normal}: {n} images, {held_out} held out"
     print(f"{counts}; {test} test images; on {options.device}, into {folder}")
-    description, teacher, stages = describe(options, settings, task), None, STAGES
+    description = describe(options, settings, task)
+    teacher, stages = None, STAGES
     if options.teacher:
-        teacher, its = load_teacher(options.teacher, [name, folder.name], description)
-        settings = replace(settings, teacher_updates=its.teacher_updates, lr_teacher=its.lr_teacher)
-        description["settings"] = asdict(settings)
+        teacher, earlier = load_teacher(options.teacher, [name, folder.name], description)
         teacher, stages = teacher.to(options.device), STAGES[1:]
+        same = {"teacher_updates": earlier.teacher_updates, "lr_teacher": earlier.lr_teacher}
+        settings = replace(settings, **same)
+        description = describe(options, settings, task)
     claim_folder(folder, description)
 
     began = monotonic()
@@ -1096,7 +1099,7 @@ def score_images(student, paths, alpha):
     held_out = detector.config["held_out"]
     enough = held_out >= needed_for(alpha)
     if not enough:
-        note(too_few(alpha, held_out))
+        warn(too_few(alpha, held_out))
     files = []
     for path in paths:
         files += image_files(path) if os.path.isdir(path) else [path]
@@ -1107,7 +1110,7 @@ def score_images(student, paths, alpha):
         try:
             x = read_image(file, detector.config["size"])[None] / 127.5 - 1
         except OSError as error:
-            note(error)
+            warn(error)
             failed = 1
             continue
         if detector.config["channels"] == 1:
@@ -1126,7 +1129,7 @@ def score_images(student, paths, alpha):
 def table_title(result):
     """The title of a run's table: its data, and the settings that are not the data set's own. Runs
     of one title differ in class and seed alone."""
-    values, defaults = flat(result), asdict(EXPERIMENTS[result["dataset"]])
+    values, defaults = flattened(result), asdict(EXPERIMENTS[result["dataset"]])
     defaults |= {"version": VERSION, "size": 32, "holdout": 0.0, "teacher": ""}
     if result["dataset"] == "folder":
         defaults["holdout"] = HOLDOUT_OF_A_FOLDER
@@ -1147,14 +1150,14 @@ def print_tables(folder):
         if result is None or not result["auroc"]:
             continue
         if "source" not in result:
-            note(f"{file} is of version {result['version']}: left out")
+            warn(f"{file} is of version {result['version']}: left out")
             continue
         figures = dict(result["auroc"])
         figures["detector"], figures["PCA"] = result["auroc_detector"], result["baselines"]["pca"]
         rows = tables.setdefault(table_title(result), {})
         runs = rows.setdefault(result["normal"], {})
         if result["seed"] in runs:
-            note(f"{file} is the second of its class, seed and settings: left out")
+            warn(f"{file} is the second of its class, seed and settings: left out")
         runs.setdefault(result["seed"], figures)
     if not tables:
         raise OSError(f"no results with an AUROC in {folder}")
@@ -1208,14 +1211,14 @@ def add_flags(group, values):
 
 def taken_from(args, values, parser):
     """Options or Settings with the values in args. Exits with 2 if one is out of its range."""
-    found = {}
+    given = {}
     for item in fields(values):
         value = getattr(args, item.name)
         low, high = item.metadata["low"], item.metadata["high"]
         if item.type is not str and not low <= value < high:
             parser.error(f"{flag_of(item.name)} {value} is not in {low} to {high}")
-        found[item.name] = value
-    return replace(values, **found)
+        given[item.name] = value
+    return replace(values, **given)
 
 
 def parse(argv):
@@ -1249,7 +1252,7 @@ def parse(argv):
     return args, options, settings
 
 
-def note(message):
+def warn(message):
     """Print a line on stderr."""
     print(f"pkdgan.py: {' '.join(str(message).split())}", file=sys.stderr)
 
@@ -1272,13 +1275,13 @@ def main(argv):
     except BrokenPipeError:  # "| head" has seen enough
         os._exit(1)  # sys.exit() would try to write again
     except KeyboardInterrupt:
-        note("interrupted; no file is half-written")
+        warn("interrupted; no file is half-written")
         return 130
     except UsageError as error:
-        note(error)
+        warn(error)
         return 2
     except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        note(error)
+        warn(error)
         return 1
     return 0
 
