@@ -5,9 +5,9 @@
     python pkdgan.py --dataset cifar10 --normal 3    # one of the paper's runs; --help has the flags
 
 The method is that of Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for
-One-class Novelty Detection", IJCAI 2020 (arXiv 2007.06963). We did not have its text: [paper] marks
-what its abstract, its follow-up's abstract (arXiv 2109.07295), Papers with Code and a second-hand
-summary say, and [ours] what we decided. What comes from elsewhere is cited.
+One-class Novelty Detection", IJCAI 2020 (arXiv 2007.06963). We did not have its text. [paper] means
+that its abstract, its follow-up's (arXiv 2109.07295), Papers with Code or a second-hand summary
+says so; [ours] means that we decided it. What comes from elsewhere is cited.
 
 A GAN has a generator G and a discriminator D. It sees images x of one normal class only, and G
 learns to reconstruct first the image and then the image's code:
@@ -31,9 +31,11 @@ from the frozen teacher alone, then together with it [paper]. train_stages() run
     L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd    the distillation losses
 
 The student alone is the baseline: the same net, from the same initial weights, trained for as many
-updates as both steps. Step 2 goes on with step 1's student, its D included. The f in L_adv_kd is of
-that student's D. Each stage has a new optimizer, whose rates rise and then fall to zero.
-(The program saves the student as a Detector, whose score is whitened besides [ours].)
+updates as both steps. Step 2 goes on with step 1's student, its D included. L_adv_kd compares
+features of that D. Each stage has a new optimizer, whose rates rise and then fall to zero.
+
+The AUROCs of the four stages are those of the paper's score. What the program saves for use is a
+Detector, which has the last student and a score of its own, whitened [ours].
 
 The method ends at the line "# ====". Pasted alone, it trains:
 
@@ -90,11 +92,11 @@ class Settings:
     seed: int = setting(0, "random seed of initial weights and of the images' order", high=2**32)
 
 
-# What the run of each data set uses. The comments are FLOPs of the teacher / FLOPs of the student,
-# and the paper's ratio. The students' rates were chosen on a validation split, for an earlier
-# version of these nets.
+# What the run of each data set uses. The comments say how many times as many FLOPs the teacher
+# takes as the student, here and in the paper. The students' rates were chosen on a validation split,
+# for an earlier version of these nets.
 EXPERIMENTS = {
-    "digits": Settings(  # 230, a smoke test
+    "digits": Settings(  # 230; small, to try the program
         student_width=1,
         teacher_updates=160,
         alone_updates=400,
@@ -105,7 +107,7 @@ EXPERIMENTS = {
         lr_step2_student=0.004,
         w_con=10.0,
     ),
-    "mnist": Settings(  # 352, paper 311
+    "mnist": Settings(  # 352 (paper 311)
         teacher_width=40,
         student_width=1,
         lr_teacher=8e-4,
@@ -113,8 +115,8 @@ EXPERIMENTS = {
         lr_step2_student=0.004,
         w_con=10.0,
     ),
-    "fmnist": Settings(teacher_width=58, student_width=1, lr_teacher=6e-4),  # 719, paper 700
-    "cifar10": Settings(teacher_width=64, student_width=8, lr_teacher=5e-4),  # 40, paper 24
+    "fmnist": Settings(teacher_width=58, student_width=1, lr_teacher=6e-4),  # 719 (paper 700)
+    "cifar10": Settings(teacher_width=64, student_width=8, lr_teacher=5e-4),  # 40 (paper 24)
     "folder": Settings(lr_step2_teacher=1e-5),  # 76
 }
 
@@ -187,7 +189,7 @@ class Generated(NamedTuple):
 
 class Generator(nn.Module):
     """Encoder-decoder-encoder x -> z -> x_hat -> z_hat [paper], as in GANomaly (Akcay et al. 2018).
-    Codes are scaled to one norm [ours]: else the latent loss falls when both codes shrink."""
+    Codes are scaled to one norm [ours]: else shrinking both codes would lower the latent loss."""
 
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
@@ -230,8 +232,9 @@ def discriminator_loss(logit_real, logit_fake):
 
 
 def adversarial_loss(f_x, f_x_hat):
-    """L_adv = E[(f(x) - f(x_hat))^2], where f is the last block of D: feature matching (Salimans et
-    al. 2016), image by image, as in GANomaly. By hand: adversarial_loss([1., 2.], [1., 0.]) = 2"""
+    """L_adv = E[(f(x) - f(x_hat))^2], where f(x) is what the last block of D makes of x: feature
+    matching (Salimans et al. 2016), image by image, as in GANomaly. It trains G alone, on which
+    f(x) does not depend. By hand: adversarial_loss([1., 2.], [1., 0.]) = 2"""
     return F.mse_loss(f_x_hat, f_x.detach())
 
 
@@ -246,7 +249,7 @@ def latent_loss(z, z_hat):
 
 
 def intermediate_distillation_loss(x_hat_t, x_hat_s):
-    """L_inter = E[|x_hat_t - x_hat_s|]: what is intermediate is the reconstruction [paper].
+    """L_inter = E[|x_hat_t - x_hat_s|]: the intermediate representation is x_hat [paper].
     By hand: intermediate_distillation_loss([1.], [0.5]) = 0.5"""
     return F.l1_loss(x_hat_s, x_hat_t.detach())
 
@@ -258,7 +261,7 @@ def latent_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
 
 
 def adversarial_distillation_loss(f_t, f_s):
-    """L_adv_kd = E[(f(x_hat_t) - f(x_hat_s))^2], f is the last block of the student's D [ours].
+    """L_adv_kd = E[(f(x_hat_t) - f(x_hat_s))^2], where f belongs to the student's D [ours].
     By hand: adversarial_distillation_loss([1., 2.], [0., 2.]) = 0.5"""
     return F.mse_loss(f_s, f_t.detach())
 
@@ -284,8 +287,9 @@ def distillation_losses(student, out_t, out_s, settings):
     teacher and student made of the same images. Take their gradients as those of gan_losses()."""
     logit_t, f_t = student.d(out_t.x_hat.detach())
     logit_s, f_s = student.d(out_s.x_hat)  # not detached: f_s is for G
-    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (Adam cancels a
-    # factor of all that D minimises: kd_adv counts in step 2, against w_own.)
+    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (A common factor
+    # does not change Adam's updates, so kd_adv has no effect on D in step 1. In step 2 it has one,
+    # since there D minimises w_own L_D(x, x_hat_s), too.)
     loss_d = settings.kd_adv * discriminator_loss(logit_t, logit_s)
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
     inter = intermediate_distillation_loss(out_t.x_hat, out_s.x_hat)
@@ -300,33 +304,34 @@ def shuffled_batches(x, updates, settings):
     """The indices into x of each update's images: all of x in a random order, then in another, and
     so on; a batch may span two. The orders are those of the seed, the same in every stage."""
     rng = torch.Generator().manual_seed(settings.seed)
-    passes = max(1, math.ceil(updates * settings.batch / len(x)))
+    passes = 1 + updates * settings.batch // len(x)
     orders = [torch.randperm(len(x), generator=rng) for _ in range(passes)]
     return torch.cat(orders).to(x.device).split(settings.batch)[:updates]
 
 
 def rate_factor(done, updates):
-    """What the peak learning rate is multiplied by, after so many updates of a stage: it rises
-    linearly over the first 15 % of them, then falls to 0 as half a cosine [ours]. It is taken in
-    the middle of the coming update, so that a stage of a single update learns, too."""
-    progress = (done + 0.5) / max(1, updates)
+    """The factor on the peak learning rate for the next update of a stage: it rises linearly over
+    the first 15 % of the updates, then falls to 0 as half a cosine [ours]. It is the one in the
+    middle of the update: at its beginning, the first update of all would have a rate of 0."""
+    progress = (done + 0.5) / max(1, updates)  # a stage may have no updates
     if progress < 0.15:
         return progress / 0.15
     return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
 
 
-def new_optimizer(rates, updates):
-    """One Adam for all GANs of a stage, given the peak learning rate of each, and the schedule of
+def new_optimizer(gans_and_rates, updates):
+    """One Adam for all GANs of a stage, each with its own peak learning rate, and the schedule of
     these rates over the stage's updates. The betas are DCGAN's."""
-    groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in rates.items()]
+    groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in gans_and_rates]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: rate_factor(done, updates))
     return optimizer, schedule
 
 
 def fit(gans, loss_d, loss_g, optimizer, schedule):
-    """One update of GANs, in place: their D's get the gradient of loss_d alone, their G's that of
-    loss_g alone. Both are taken before any weight changes, so that the losses can share D(x_hat)."""
+    """Fit GANs to a batch, in place: one update. Their D's get the gradient of loss_d alone, their
+    G's that of loss_g alone. Both are taken before any weight changes. (So D(x_hat) is computed
+    once. The usual way, D first, with x_hat detached, and then G, computes it twice.)"""
     d_params = [p for gan in gans for p in gan.d.parameters()]
     g_params = [p for gan in gans for p in gan.g.parameters()]
     optimizer.zero_grad()
@@ -340,17 +345,18 @@ def watch(stage, gan, update, updates, loss_d, loss_g, report):
     """At each tenth of a stage's updates, see that the losses are finite and call
     report(stage, gan, update, updates, loss_d, loss_g), or nothing where report is None. Not more
     often: .item() waits for a GPU. Raises FloatingPointError when a loss overflows."""
-    if update * 10 // updates == (update - 1) * 10 // updates:
+    tenths_done, tenths_before = 10 * update // updates, 10 * (update - 1) // updates
+    if tenths_done == tenths_before:
         return
-    d, g = loss_d.item(), loss_g.item()
-    if not math.isfinite(d + g):
+    value_d, value_g = loss_d.item(), loss_g.item()
+    if not math.isfinite(value_d + value_g):
         raise FloatingPointError(f"{stage}: a loss overflows: lower the learning rates")
     if report is not None:
-        report(stage, gan, update, updates, d, g)
+        report(stage, gan, update, updates, value_d, value_g)
 
 
-def parts_of(x):
-    """Images x in parts that fit a CPU's cache: of as many pixels as 128 images of 32 x 32."""
+def small_batches(x):
+    """Images x in batches of at most as many pixels as 128 images of 32 x 32: they fit a cache."""
     pixels = x.shape[2] * x.shape[3]
     return x.split(max(1, 128 * 32 * 32 // pixels))
 
@@ -365,7 +371,7 @@ def new_gan(x, width, settings):
 
 def train_gan(stage, gan, x, rate, updates, settings, report=None):
     """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone"."""
-    optimizer, schedule = new_optimizer({gan: rate}, updates)
+    optimizer, schedule = new_optimizer([(gan, rate)], updates)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         out = gan.g(x[indices])
         loss_d, loss_g = gan_losses(gan, x[indices], out, settings)
@@ -377,13 +383,13 @@ def train_step1(student, teacher, x, settings, report=None):
     """Step 1: the student learns from the frozen teacher alone, in place."""
     # What a frozen teacher makes of an image never changes: it is made once, without a graph.
     with torch.no_grad():
-        outs = [teacher.g(part) for part in parts_of(x)]
+        outs = [teacher.g(batch) for batch in small_batches(x)]
     z_t = torch.cat([out.z for out in outs])
     x_hat_t = torch.cat([out.x_hat for out in outs])
     z_hat_t = torch.cat([out.z_hat for out in outs])
 
     updates = settings.step1_updates
-    optimizer, schedule = new_optimizer({student: settings.lr_student}, updates)
+    optimizer, schedule = new_optimizer([(student, settings.lr_student)], updates)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         out_t = Generated(z_t[indices], x_hat_t[indices], z_hat_t[indices])
         out_s = student.g(x[indices])
@@ -395,10 +401,11 @@ def train_step1(student, teacher, x, settings, report=None):
 def train_step2(student, teacher, x, settings, report=None):
     """Step 2: student and teacher train on together, in place. Distillation is the student's.
 
-    Given a new student instead of step 1's, this is also each of the paper's four single steps:
-    lr_step2_teacher = 0 freezes the teacher, w_own = 0 drops the student's own losses [paper]."""
+    Given a new student instead of step 1's, and step2_updates and lr_step2_student as large as step
+    1's, it is also each of the single steps that the paper compares: with the teacher frozen
+    (lr_step2_teacher = 0) or not, without the student's own losses (w_own = 0) or with them."""
     updates = settings.step2_updates
-    rates = {student: settings.lr_step2_student, teacher: settings.lr_step2_teacher}
+    rates = [(student, settings.lr_step2_student), (teacher, settings.lr_step2_teacher)]
     optimizer, schedule = new_optimizer(rates, updates)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         out_t = teacher.g(x[indices])
@@ -442,9 +449,9 @@ def train_stages(x, settings, report=None, teacher=None):
 
 # -------------------------------------------------------------------------------------------- score
 @torch.no_grad()
-def residuals(generator, x):
-    """z - z_hat (N, z_dim) of images x (N, C, size, size) in [-1, 1]; there is at least one."""
-    outs = [generator(part) for part in parts_of(x)]
+def residuals(gan, x):
+    """z - z_hat (N, z_dim) of at least one image x (N, C, size, size) in [-1, 1]."""
+    outs = [gan.g(batch) for batch in small_batches(x)]
     return torch.cat([out.z - out.z_hat for out in outs])
 
 
@@ -453,12 +460,12 @@ def score(gan, x):
     high is anomalous."""
     if len(x) == 0:
         return x.new_empty(0)
-    return residuals(gan.g, x).norm(dim=1)
+    return residuals(gan, x).norm(dim=1)
 
 
 def auroc(scores, y):
-    """AUROC in percent of scores (N,); y (N,) is true for an anomaly, and has both. Raises
-    FloatingPointError for scores that are no numbers."""
+    """AUROC in percent of scores (N,), given y (N,): true for an anomaly, false for a normal image,
+    and both occur. Raises FloatingPointError for scores that are no numbers."""
     if not scores.isfinite().all():
         raise FloatingPointError("scores are no numbers: lower the learning rates")
     return 100 * metrics.roc_auc_score(y, scores.cpu())
@@ -497,7 +504,7 @@ DESCRIPTION = """Learn from images of one normal class, and score any image by h
 
 
 class UsageError(Exception):
-    """What was asked for cannot be: the program ends with 2."""
+    """What the command line asks for is not possible: the exit code is 2."""
 
 
 @dataclass
@@ -528,7 +535,7 @@ class Task:
     normal: str  # the normal class
     source: str  # the name of the data set or folder
     training_images: str  # a hash of x: runs with one hash have trained on the same images
-    other_images: str  # a hash of x_held, x_test and kinds
+    evaluation_images: str  # a hash of x_held, x_test and kinds
 
 
 IMAGE_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -537,8 +544,8 @@ IMAGE_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if 
 def image_files(folder, inside=()):
     """The images in a folder and in its subfolders, sorted. A file is an image if its name ends as
     those that Pillow reads. What is hidden (.x, or @x of a NAS) and other files are left out, and
-    counted on stderr, but for .x. Links are followed, but not back into a folder that they lie in
-    (inside)."""
+    counted on stderr, but for .x. Links are followed, but not back into one of the folders around
+    (inside), which would have no end."""
     real = os.path.realpath(folder)
     if real in inside:
         return []
@@ -629,8 +636,8 @@ def load_split(options, split):
 
 
 def without_copies(x):
-    """Images without those that equal an earlier one, which are counted on stderr: were one trained
-    on and its copy held out, the p-values would be wrong."""
+    """Images without those that equal an earlier one, which are counted on stderr. If an image were
+    trained on and its copy held out, the p-values would be wrong."""
     first = {}
     for index, image in enumerate(x):
         first.setdefault(image.numpy().tobytes(), index)
@@ -656,7 +663,7 @@ def load_task(options):
     if options.dataset == "folder":
         source = Path(options.data).resolve().name
         where = Path(options.data, "train").resolve()
-    elif normal.isdigit() and int(normal) < len(classes):
+    elif normal.isdecimal() and int(normal) < len(classes):
         normal = classes[int(normal)]
     if normal not in classes:
         hint = "" if options.dataset == "folder" else "; for your own images: --dataset folder"
@@ -665,7 +672,9 @@ def load_task(options):
     x = x[[kind == normal for kind in kinds]]
     if options.dataset == "folder":
         x = without_copies(x)
-    n = int((1 - options.holdout) * len(x))  # not chosen at random: neighbours may be alike
+    # The last images are held out, not some at random: neighbours may be alike. (Rounded, since
+    # 1 - 0.9 is less than 0.1.)
+    n = int(round((1 - options.holdout) * len(x), 6))
     if n < 10:
         counts = f"{len(x)} different images of {normal}, {n} of them to train on"
         raise UsageError(f"{counts}: at least 10 are needed")
@@ -679,7 +688,7 @@ def load_task(options):
         normal=normal,
         source=source,
         training_images=hash_of(x[:n]),
-        other_images=hash_of(x[n:], x_test, test_kinds),
+        evaluation_images=hash_of(x[n:], x_test, test_kinds),
     )
 
 
@@ -703,8 +712,8 @@ class Detector(nn.Module):
         self.register_buffer("mean", torch.zeros(z_dim))
         self.register_buffer("whitener", torch.eye(z_dim))
         self.register_buffer("held_out_scores", torch.zeros(held_out))  # sorted
-        # The p-value of a score that lies above k of the held-out ones has index k. (It stands in a
-        # table, since to cast to float64 in forward() would tie an exported file to one device.)
+        # p_values[k] is the p-value of a score that is higher than k of the held-out ones. forward()
+        # looks it up: an exported file that computed it in float64 would be bound to one device.
         above = torch.arange(held_out, -1, -1, dtype=torch.float64)
         self.register_buffer("p_values", (1 + above) / (1 + held_out))
         self.requires_grad_(False)
@@ -723,7 +732,9 @@ def make_detector(student, x, x_held, settings):
     """The Detector (on the CPU) of a student that was trained on x; x_held: images held out."""
     detector = Detector(x.shape[3], x.shape[1], settings.student_width, settings.z_dim, len(x_held))
     detector.g.load_state_dict(student.g.state_dict())
-    r = residuals(student.g, x).cpu().double()
+    r = residuals(student, x).cpu().double()
+    if not r.isfinite().all():
+        raise FloatingPointError("codes are no numbers: lower the learning rates")
     model = covariance.LedoitWolf().fit(r)  # with fewer images than numbers in r, S is shrunk
     whitener = torch.linalg.cholesky(torch.tensor(model.precision_))
     detector.mean.copy_(torch.tensor(model.location_))
@@ -736,20 +747,20 @@ def make_detector(student, x, x_held, settings):
 def detect(detector, x):
     """A detector's scores and p-values of any number of images, computed in parts on the CPU."""
     if len(x) == 0:
-        return torch.empty(0), torch.empty(0)
-    outs = [detector(part) for part in parts_of(x.cpu())]
+        return torch.empty(0), torch.empty(0, dtype=torch.float64)
+    outs = [detector(batch) for batch in small_batches(x.cpu())]
     return torch.cat([scores for scores, _ in outs]), torch.cat([p for _, p in outs])
 
 
-def needed_for(alpha):
+def held_out_needed(alpha):
     """How many images have to be held out for p-values to reach alpha: 1 / (1 + n) <= alpha.
-    By hand: needed_for(0.05) = 19"""
+    By hand: held_out_needed(0.05) = 19"""
     return math.ceil(round(1 / alpha, 6)) - 1
 
 
-def too_few(alpha, held_out):
-    """The message that there are no verdicts."""
-    needed = needed_for(alpha)
+def too_few_message(alpha, held_out):
+    """What to tell the user if too few images are held out for verdicts at alpha."""
+    needed = held_out_needed(alpha)
     return f"no verdicts: alpha {alpha} needs {needed} held out (--holdout), {held_out} are"
 
 
@@ -809,14 +820,15 @@ def table_of_kinds(task, scores, p_values, held_out):
     the normal class, and the percentage flagged by alpha, as far as enough images are held out."""
     table = {}
     for kind in sorted(set(task.kinds)):
-        here = torch.tensor([k == kind for k in task.kinds])
-        normal = torch.tensor([k == task.normal for k in task.kinds])
-        row = {"images": int(here.sum()), "auroc": None, "flagged": {}}
-        if kind != task.normal and normal.any():
-            row["auroc"] = auroc(scores[here | normal], here[here | normal])
+        is_kind = torch.tensor([k == kind for k in task.kinds])
+        is_normal = torch.tensor([k == task.normal for k in task.kinds])
+        row = {"images": int(is_kind.sum()), "auroc": None, "flagged": {}}
+        if kind != task.normal and is_normal.any():
+            both = is_kind | is_normal
+            row["auroc"] = auroc(scores[both], is_kind[both])
         for alpha in ALPHAS:
-            if held_out >= needed_for(alpha):
-                flagged = (p_values[here] <= alpha).double().mean()
+            if held_out >= held_out_needed(alpha):
+                flagged = (p_values[is_kind] <= alpha).double().mean()
                 row["flagged"][str(alpha)] = round(100 * flagged.item(), 1)
         table[kind] = row
     return table
@@ -877,11 +889,16 @@ def print_result(result):
         flagged = [row["flagged"].get(str(a), "-") for a in alphas]
         print_columns(kind, [row["images"], area, *flagged])
     if result["threshold"] is None:
-        print(too_few(alpha, held_out))
+        print(too_few_message(alpha, held_out))
     else:
         low, high = result["false_alarms"]
         print(f"{held_out} held out: alpha {alpha} flags scores above {result['threshold']:.4g},")
         print(f"{low:.0f} to {high:.0f} % of new normal images (nine times in ten).")
+
+
+def eight_of(items):
+    """At most eight items, spread over a list: folders are sorted by class."""
+    return items[:: max(1, len(items) // 8)][:8]
 
 
 def draw_samples(nets, task):
@@ -889,8 +906,7 @@ def draw_samples(nets, task):
     the image, the teacher's reconstruction, the student's; below, class and the student's score."""
     normal = [i for i, anomaly in enumerate(task.y_test) if not anomaly]
     anomalies = [i for i, anomaly in enumerate(task.y_test) if anomaly]
-    shown = normal[:: len(normal) // 8 or 1][:8]  # spread, since folders are sorted
-    shown += anomalies[:: len(anomalies) // 8 or 1][:8]
+    shown = eight_of(normal) + eight_of(anomalies)
     x, kinds = task.x_test[shown], [task.kinds[i] for i in shown]
     if not normal:  # then some of those that were trained on
         x, kinds = torch.cat([task.x[:8], x]), [task.normal] * len(task.x[:8]) + kinds
@@ -923,7 +939,7 @@ def describe(options, settings, task):
         "size": options.size,
         "holdout": options.holdout,
         "training_images": task.training_images,
-        "other_images": task.other_images,
+        "evaluation_images": task.evaluation_images,
         "teacher": options.teacher,
         "alpha": options.alpha,
         "settings": asdict(settings),
@@ -1032,16 +1048,20 @@ def load_detector(path):
     return detector
 
 
-def load_teacher(place, names, description):
-    """The teacher of an earlier run, and the Settings of that run. place: its nets.pt, its folder,
-    or a folder that has its folder under one of names. description: that of the run that wants it.
-    Raises OSError, and UsageError for a teacher of other images or another size."""
+def load_teacher(place, subfolders, description):
+    """The teacher of an earlier run, and the Settings of that run.
+
+    place: the nets.pt of that run, its folder, or the folder of many runs
+    subfolders: where that run may be in the folder of many runs
+    description: that of the run which needs a teacher
+    Raises OSError, and UsageError for a teacher of other images or another size.
+    """
     file = Path(place)
-    for folder in (file, *[file / name for name in names]):
+    for folder in [file, *[file / name for name in subfolders]]:
         if (folder / "nets.pt").exists():
             file = folder / "nets.pt"
     if file.is_dir():
-        raise OSError(f"no nets.pt in {file}, nor in {' or '.join(names)} below it")
+        raise OSError(f"no nets.pt in {file}, nor in {' or '.join(subfolders)} below it")
     nets, saved = load_nets(file)
     names = ["normal", "size", "teacher_width", "z_dim", "training_images"]
     needed = {name: flattened(description)[name] for name in names}
@@ -1097,9 +1117,9 @@ def score_images(student, paths, alpha):
     exit code: 1 if a file could not be read, else 0. Raises OSError."""
     detector, failed = load_detector(student), 0
     held_out = detector.config["held_out"]
-    enough = held_out >= needed_for(alpha)
+    enough = held_out >= held_out_needed(alpha)
     if not enough:
-        warn(too_few(alpha, held_out))
+        warn(too_few_message(alpha, held_out))
     files = []
     for path in paths:
         files += image_files(path) if os.path.isdir(path) else [path]
@@ -1209,7 +1229,7 @@ def add_flags(group, values):
         group.add_argument(flag_of(item.name), type=item.type, default=default, help=text)
 
 
-def taken_from(args, values, parser):
+def values_from(args, values, parser):
     """Options or Settings with the values in args. Exits with 2 if one is out of its range."""
     given = {}
     for item in fields(values):
@@ -1224,9 +1244,9 @@ def taken_from(args, values, parser):
 def parse(argv):
     """What a command line says: its arguments, and the Options and Settings of a run. Flags that it
     does not have keep the values of its data set, which --help shows. Bad usage exits with 2."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", choices=EXPERIMENTS, default="digits")
-    dataset = first.parse_known_args(argv)[0].dataset
+    dataset_parser = Parser(add_help=False, allow_abbrev=False)
+    dataset_parser.add_argument("--dataset", choices=EXPERIMENTS, default="digits")
+    dataset = dataset_parser.parse_known_args(argv)[0].dataset
     options, settings = Options(dataset), EXPERIMENTS[dataset]
     if dataset == "folder":
         options.holdout = HOLDOUT_OF_A_FOLDER
@@ -1236,10 +1256,10 @@ def parse(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    instead = parser.add_argument_group("instead of training")
-    instead.add_argument("--score", metavar="STUDENT.PT", help="score IMAGES: files and folders")
-    instead.add_argument("images", metavar="IMAGES", nargs="*", help="of --score")
-    instead.add_argument("--table", metavar="FOLDER", help="print the results of a folder of runs")
+    modes = parser.add_argument_group("instead of training")
+    modes.add_argument("--score", metavar="STUDENT.PT", help="score IMAGES: files and folders")
+    modes.add_argument("images", metavar="IMAGES", nargs="*", help="of --score")
+    modes.add_argument("--table", metavar="FOLDER", help="print the results of a folder of runs")
     add_flags(parser.add_argument_group("a run"), options)
     add_flags(parser.add_argument_group(f"the method, with the values of {dataset}"), settings)
     args = parser.parse_intermixed_args(argv)
@@ -1247,7 +1267,7 @@ def parse(argv):
         parser.error(f"{args.images[0]}: images are for --score STUDENT.PT")
     if args.size not in SIZES:
         parser.error(f"--size {args.size} is not one of {SIZES}")
-    options, settings = taken_from(args, options, parser), taken_from(args, settings, parser)
+    options, settings = values_from(args, options, parser), values_from(args, settings, parser)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return args, options, settings
 
