@@ -4,6 +4,8 @@
     python pkdgan.py --dataset mnist --normal 3      # a quarter of an hour: about 95
     python pkdgan.py --dataset cifar10 --normal 3    # one of the paper's runs; --help has the flags
 
+It needs torch 2.6, torchvision 0.21 and scikit-learn 1.5, or newer.
+
 The method is that of Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for
 One-class Novelty Detection", IJCAI 2020 (arXiv 2007.06963). We did not have its text. [paper] means
 that its abstract, its follow-up's (arXiv 2109.07295), Papers with Code or a second-hand summary
@@ -18,13 +20,13 @@ On an anomaly the two codes disagree: the anomaly score is ||z - z_hat||_2 [pape
 (suffix _t) learns this by itself. A narrow student (suffix _s) learns it from the teacher, at first
 from the frozen teacher alone, then together with it [paper]. train_stages() runs all stages:
 
-    stage            trains     its D minimises                      its G minimises
-    teacher          teacher    L_D(x, x_hat_t)                      L_G
-    student_alone    student    L_D(x, x_hat_s)                      L_G
-    step1            student    kd_adv L_D(x_hat_t, x_hat_s)         L_KD
-    step2            student    kd_adv L_D(x_hat_t, x_hat_s)         L_KD + w_own L_G
-                                + w_own L_D(x, x_hat_s)
-                     teacher    L_D(x, x_hat_t)                      L_G
+    stage            trains     its D minimises                 its G minimises
+    teacher          teacher    L_D(x, x_hat_t)                 L_G
+    student_alone    student    L_D(x, x_hat_s)                 L_G
+    step1            student    kd_adv L_D(x_hat_t, x_hat_s)    L_KD
+    step2            student    kd_adv L_D(x_hat_t, x_hat_s)    L_KD + kd_residual L_residual
+                                + w_own L_D(x, x_hat_s)         + w_own L_G
+                     teacher    L_D(x, x_hat_t)                 L_G
 
     L_D(real, fake)                                                   D tells real from fake
     L_G  = w_adv L_adv + w_con L_con + w_lat L_lat                    a GAN's own losses
@@ -32,7 +34,8 @@ from the frozen teacher alone, then together with it [paper]. train_stages() run
 
 The student alone is the baseline: the same net, from the same initial weights, trained for as many
 updates as both steps. Step 2 goes on with step 1's student, its D included. L_adv_kd compares
-features of that D. Each stage has a new optimizer, whose rates rise and then fall to zero.
+features of that D. In each stage the learning rates rise and then fall to zero; both steps share
+one such schedule, and step 2 begins on its way down.
 
 The AUROCs of the four stages are those of the paper's score. What the program saves for use is a
 Detector, which has the last student and a score of its own, whitened [ours].
@@ -72,14 +75,13 @@ class Settings:
     # the length of each stage; the student alone gets as many updates as both steps together
     teacher_updates: int = setting(700, "updates of the teacher")
     alone_updates: int = setting(2160, "updates of the student alone")
-    step1_updates: int = setting(1800, "updates of step 1")
-    step2_updates: int = setting(360, "updates of step 2")
+    step1_updates: int = setting(1440, "updates of step 1")
+    step2_updates: int = setting(720, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
     # the peak learning rates
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
-    lr_student: float = setting(2e-3, "learning rate of the student, alone and in step 1")
-    lr_step2_student: float = setting(4e-4, "learning rate of the student in step 2")
-    lr_step2_teacher: float = setting(5e-5, "learning rate of the teacher in step 2")
+    lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
+    lr_step2_teacher: float = setting(2e-4, "learning rate of the teacher in step 2")
     # the weights of the losses
     w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
     w_con: float = setting(1.0, "weight of a GAN's contextual loss")
@@ -88,6 +90,7 @@ class Settings:
     kd_inter: float = setting(100.0, "weight of the intermediate distillation loss")
     kd_latent: float = setting(100.0, "weight of the latent distillation loss")
     kd_adv: float = setting(10.0, "weight of the adversarial distillation loss, G's and D's")
+    kd_residual: float = setting(1000.0, "weight of the residual distillation loss, in step 2")
     # chance
     seed: int = setting(0, "random seed of initial weights and of the images' order", high=2**32)
 
@@ -100,11 +103,10 @@ EXPERIMENTS = {
         student_width=1,
         teacher_updates=160,
         alone_updates=400,
-        step1_updates=320,
-        step2_updates=80,
+        step1_updates=270,
+        step2_updates=130,
         batch=16,
         lr_student=0.02,
-        lr_step2_student=0.004,
         w_con=10.0,
     ),
     "mnist": Settings(  # 352 (paper 311)
@@ -112,7 +114,6 @@ EXPERIMENTS = {
         student_width=1,
         lr_teacher=8e-4,
         lr_student=0.02,
-        lr_step2_student=0.004,
         w_con=10.0,
     ),
     "fmnist": Settings(teacher_width=58, student_width=1, lr_teacher=6e-4),  # 719 (paper 700)
@@ -266,6 +267,12 @@ def adversarial_distillation_loss(f_t, f_s):
     return F.mse_loss(f_s, f_t.detach())
 
 
+def residual_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
+    """L_residual = E[(r_t - r_s)^2], r = z - z_hat: the anomaly score is the length of r [ours].
+    By hand: residual_distillation_loss([1.], [0.], [1.], [3.]) = (0 - -3)^2 = 9"""
+    return F.mse_loss(z_s - z_hat_s, (z_t - z_hat_t).detach())
+
+
 def gan_losses(gan, x, out, settings):
     """A GAN's own losses (for its D, for its G) on images x, given out = gan.g(x). They are
     GANomaly's, with our weights [ours]. Their graphs overlap: take the gradient of each for its own
@@ -310,21 +317,24 @@ def shuffled_batches(x, updates, settings):
 
 
 def rate_factor(done, updates):
-    """The factor on the peak learning rate for the next update of a stage: it rises linearly over
-    the first 15 % of the updates, then falls to 0 as half a cosine [ours]. It is the one in the
-    middle of the update: at its beginning, the first update of all would have a rate of 0."""
+    """The factor on the peak learning rate for the next update, when so many are done: it rises
+    linearly over the first 15 % of the updates, then falls to 0 as half a cosine [ours]. It is the
+    one in the middle of the update: at its beginning, the first would have a rate of 0."""
     progress = (done + 0.5) / max(1, updates)  # a stage may have no updates
     if progress < 0.15:
         return progress / 0.15
     return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
 
 
-def new_optimizer(gans_and_rates, updates):
+def new_optimizer(gans_and_rates, before, updates):
     """One Adam for all GANs of a stage, each with its own peak learning rate, and the schedule of
-    these rates over the stage's updates. The betas are DCGAN's."""
+    these rates: over so many updates, of which some were done in the stage before. The betas are
+    DCGAN's."""
     groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in gans_and_rates]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: rate_factor(done, updates))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: rate_factor(before + done, updates)
+    )
     return optimizer, schedule
 
 
@@ -371,7 +381,7 @@ def new_gan(x, width, settings):
 
 def train_gan(stage, gan, x, rate, updates, settings, report=None):
     """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone"."""
-    optimizer, schedule = new_optimizer([(gan, rate)], updates)
+    optimizer, schedule = new_optimizer([(gan, rate)], 0, updates)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         out = gan.g(x[indices])
         loss_d, loss_g = gan_losses(gan, x[indices], out, settings)
@@ -389,7 +399,8 @@ def train_step1(student, teacher, x, settings, report=None):
     z_hat_t = torch.cat([out.z_hat for out in outs])
 
     updates = settings.step1_updates
-    optimizer, schedule = new_optimizer([(student, settings.lr_student)], updates)
+    both_steps = settings.step1_updates + settings.step2_updates
+    optimizer, schedule = new_optimizer([(student, settings.lr_student)], 0, both_steps)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         out_t = Generated(z_t[indices], x_hat_t[indices], z_hat_t[indices])
         out_s = student.g(x[indices])
@@ -401,20 +412,23 @@ def train_step1(student, teacher, x, settings, report=None):
 def train_step2(student, teacher, x, settings, report=None):
     """Step 2: student and teacher train on together, in place. Distillation is the student's.
 
-    Given a new student instead of step 1's, and step2_updates and lr_step2_student as large as step
-    1's, it is also each of the single steps that the paper compares: with the teacher frozen
-    (lr_step2_teacher = 0) or not, without the student's own losses (w_own = 0) or with them."""
+    With step1_updates = 0, kd_residual = 0 and a new student it is also each of the single steps
+    that the paper compares: with the teacher frozen (lr_step2_teacher = 0) or not, without the
+    student's own losses (w_own = 0) or with them."""
     updates = settings.step2_updates
-    rates = [(student, settings.lr_step2_student), (teacher, settings.lr_step2_teacher)]
-    optimizer, schedule = new_optimizer(rates, updates)
-    for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
+    both_steps = settings.step1_updates + settings.step2_updates
+    rates = [(student, settings.lr_student), (teacher, settings.lr_step2_teacher)]
+    optimizer, schedule = new_optimizer(rates, settings.step1_updates, both_steps)
+    batches = shuffled_batches(x, both_steps, settings)[settings.step1_updates :]
+    for update, indices in enumerate(batches, start=1):
         out_t = teacher.g(x[indices])
         out_s = student.g(x[indices])
         kd_d, kd_g = distillation_losses(student, out_t, out_s, settings)
+        residual = residual_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
         own_d, own_g = gan_losses(student, x[indices], out_s, settings)
         teacher_d, teacher_g = gan_losses(teacher, x[indices], out_t, settings)
         loss_d = kd_d + settings.w_own * own_d + teacher_d
-        loss_g = kd_g + settings.w_own * own_g + teacher_g
+        loss_g = kd_g + settings.kd_residual * residual + settings.w_own * own_g + teacher_g
         fit([student, teacher], loss_d, loss_g, optimizer, schedule)
         watch("step2", student, update, updates, loss_d, loss_g, report)
 
@@ -491,7 +505,7 @@ from sklearn import covariance, datasets, decomposition, model_selection
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
-VERSION = 8  # of the method and of the files: raised when earlier results become incomparable
+VERSION = 9  # of the method and of the files: raised when earlier results become incomparable
 STAGES = ["teacher", "student_alone", "step1", "step2"]
 ALPHAS = [0.01, 0.05, 0.1]  # the shares of false alarms in the table of kinds
 HOLDOUT_OF_A_FOLDER = 0.2
@@ -915,15 +929,19 @@ def draw_samples(nets, task):
     with torch.no_grad():
         rows = torch.stack([x, nets["teacher"].g(x).x_hat, student.g(x).x_hat], dim=1)
     side = max(96, task.x.shape[3])  # of an image in the picture
-    picture = Image.new("RGB", (len(x) * (side + 4) + 12, 3 * (side + 4) + 40), "white")
+    step, margin = side + 4, 80  # at the left, for the names of the rows
+    picture = Image.new("RGB", (margin + len(x) * step + 12, 3 * step + 40), "white")
     draw = ImageDraw.Draw(picture)
+    for row, name in enumerate(["image", "teacher", "student"]):
+        draw.text((4, row * step + side // 2 - 8), name, fill="black", font_size=15)
+    draw.text((4, 3 * step), "class\n||z-z_hat||", fill="black", font_size=15)
     for column, images in enumerate(rows.cpu()):
-        left = column * (side + 4) + (12 if kinds[column] != task.normal else 0)
+        left = margin + column * step + (12 if kinds[column] != task.normal else 0)
         for row, image in enumerate(images):
             tile = to_pil_image(image / 2 + 0.5).resize((side, side), Image.NEAREST)
-            picture.paste(tile, (left, row * (side + 4)))
+            picture.paste(tile, (left, row * step))
         label = f"{kinds[column][:12]}\n{scores[column]:.2f}"
-        draw.text((left + 4, 3 * (side + 4)), label, fill="black", font_size=15)
+        draw.text((left + 4, 3 * step), label, fill="black", font_size=15)
     return picture
 
 

@@ -51,9 +51,9 @@ torch.set_num_threads(1)  # these nets are too small for more
 
 SMALL = pk.Settings(teacher_width=4, student_width=2, z_dim=10, batch=4)
 SMALL = replace(SMALL, teacher_updates=6, alone_updates=9, step1_updates=6, step2_updates=3)
-SMALL = replace(SMALL, lr_teacher=3e-3, lr_student=2e-3, lr_step2_student=1e-3)
-SMALL = replace(SMALL, lr_step2_teacher=5e-4, w_adv=2.0, w_con=3.0, w_lat=5.0, w_own=0.7)
-SMALL = replace(SMALL, kd_inter=100.0, kd_latent=50.0, kd_adv=10.0)
+SMALL = replace(SMALL, lr_teacher=3e-3, lr_student=2e-3, lr_step2_teacher=5e-4)
+SMALL = replace(SMALL, w_adv=2.0, w_con=3.0, w_lat=5.0, w_own=0.7)
+SMALL = replace(SMALL, kd_inter=100.0, kd_latent=50.0, kd_adv=10.0, kd_residual=20.0)
 
 
 def tensor(*values):
@@ -124,6 +124,7 @@ BY_HAND = [
     (pk.intermediate_distillation_loss, [[1.0], [0.5]], 0.5),
     (pk.latent_distillation_loss, [[1.0], [0.0], [1.0], [3.0]], 5),
     (pk.adversarial_distillation_loss, [[1.0, 2.0], [0.0, 2.0]], 0.5),
+    (pk.residual_distillation_loss, [[1.0], [0.0], [1.0], [3.0]], 9),
 ]
 
 
@@ -136,7 +137,8 @@ def test_no_gradient_reaches_what_is_real_or_the_teachers():
     t, s = torch.ones(1, 2, requires_grad=True), torch.zeros(1, 2, requires_grad=True)
     of_two = pk.adversarial_loss, pk.adversarial_distillation_loss
     of_two += (pk.intermediate_distillation_loss,)
-    total = sum(loss(t, s) for loss in of_two) + pk.latent_distillation_loss(t, s, t, s)
+    of_four = pk.latent_distillation_loss, pk.residual_distillation_loss
+    total = sum(loss(t, s) for loss in of_two) + sum(loss(t, s, t, 2 * s) for loss in of_four)
     total.backward()
     assert t.grad is None and s.grad is not None
     (teacher, student), x = teacher_and_student(), images()
@@ -214,17 +216,26 @@ def naive_distillation_loss(d, out_t, out_s):
     return 100 * inter + 50 * latent + 10 * ((feature_t - feature_s) ** 2).mean()
 
 
-def naive_training(stage, teacher, student, x, rate_t, rate_s, w_own=0.7):
+def naive_residual_loss(out_t, out_s):
+    """L_residual; everything of the teacher's is detached."""
+    return (((out_t.z - out_t.z_hat).detach() - (out_s.z - out_s.z_hat)) ** 2).mean()
+
+
+def naive_training(stage, teacher, student, x, rates, before=0, after=0, w_own=0.7, w_residual=20):
     """An epoch as one would write it from the equations: an Adam for the discriminators, one for
-    the generators, and both losses are known before either moves."""
+    the generators, and both losses are known before either moves. The schedule of the rates has
+    some updates before and after the epoch."""
+    rate_t, rate_s = rates
     moving = [(student, rate_s), (teacher, rate_t)] if stage == "step 2" else [(student, rate_s)]
     d_groups = [{"params": gan.d.parameters(), "peak": rate} for gan, rate in moving]
     g_groups = [{"params": gan.g.parameters(), "peak": rate} for gan, rate in moving]
     adams = [torch.optim.Adam(groups, betas=(0.5, 0.999)) for groups in (d_groups, g_groups)]
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    parts = order.split(4)
-    for update, indices in enumerate(parts):
-        part, loss_d, loss_g = x[indices], 0, 0
+    rng = torch.Generator().manual_seed(0)
+    epochs = [torch.randperm(len(x), generator=rng).split(4) for _ in range(2)]
+    indices = [*epochs[0], *epochs[1]]
+    updates = len(epochs[0])
+    for update in range(before, before + updates):
+        part, loss_d, loss_g = x[indices[update]], 0, 0
         out_t, out_s = teacher.g(part), student.g(part)
         if stage != "alone":
             loss_d = 10 * naive_discriminator_loss(student.d, out_t.x_hat, out_s.x_hat)
@@ -236,12 +247,13 @@ def naive_training(stage, teacher, student, x, rate_t, rate_s, w_own=0.7):
         if stage == "step 2":
             loss_d = loss_d + naive_discriminator_loss(teacher.d, part, out_t.x_hat)
             loss_g = loss_g + naive_generator_loss(teacher, part, out_t)
+            loss_g = loss_g + w_residual * naive_residual_loss(out_t, out_s)
         for adam, loss in zip(adams, (loss_d, loss_g), strict=True):
             adam.zero_grad()
             loss.backward(inputs=[p for group in adam.param_groups for p in group["params"]])
         for adam in adams:
             for group in adam.param_groups:
-                group["lr"] = naive_rate(group["peak"], update, len(parts))
+                group["lr"] = naive_rate(group["peak"], update, before + updates + after)
             adam.step()
 
 
@@ -250,39 +262,39 @@ def naive_training(stage, teacher, student, x, rate_t, rate_s, w_own=0.7):
 def test_a_naive_update_gives_the_same_weights(stage, updates):
     """The stages against naive_training(). A stage of a single update learns, too."""
     x, rate_t, rate_s = images(4 * updates), 1e-3, 2e-3
-    lengths = {"step1_updates": updates, "step2_updates": updates}
-    s = replace(SMALL, **lengths, lr_student=rate_s, lr_step2_student=rate_s)
-    s = replace(s, lr_step2_teacher=rate_t)
+    s = replace(SMALL, step1_updates=updates, step2_updates=updates)
+    s = replace(s, lr_student=rate_s, lr_step2_teacher=rate_t)
+    before, after = {"alone": (0, 0), "step 1": (0, updates), "step 2": (updates, 0)}[stage]
     (teacher, student), (t, naive) = teacher_and_student(), teacher_and_student()
-    before = weights(t), weights(naive)
+    initial_t, initial_s = weights(t), weights(naive)
     if stage == "alone":
         pk.train_gan("student_alone", student, x, rate_s, updates, s)
     elif stage == "step 1":
         pk.train_step1(student, teacher, x, s)
     else:
         pk.train_step2(student, teacher, x, s)
-    naive_training(stage, t, naive, x, rate_t, rate_s)
+    naive_training(stage, t, naive, x, (rate_t, rate_s), before, after)
     assert close(weights(teacher), weights(t)) and close(weights(student), weights(naive))
-    assert not close(before[1], weights(student))
+    assert not close(initial_s, weights(student))
     if stage == "step 2":
-        assert not close(before[0], weights(teacher))
+        assert not close(initial_t, weights(teacher))
     else:  # the teacher is as it was, bit by bit, and never had a gradient
-        assert same(before[0], weights(teacher))
+        assert same(initial_t, weights(teacher))
         assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_single_step_structures_are_step_2_with_other_arguments():
     """At a rate of 0 the teacher stays as it is, bit by bit; with w_own = 0 step 2 is step 1."""
     x = images(16)
-    s = replace(SMALL, step1_updates=4, step2_updates=4, lr_student=1e-3, lr_step2_teacher=0.0)
+    s = replace(SMALL, step1_updates=0, step2_updates=4, lr_student=1e-3, lr_step2_teacher=0.0)
+    alike, again = small_gan(2), small_gan(4)
+    pk.train_step1(alike, again, x, replace(s, step1_updates=4, step2_updates=0))
     for w_own in (0.0, 0.7):
         (teacher, student), (t, by_hand) = teacher_and_student(), teacher_and_student()
-        pk.train_step2(student, teacher, x, replace(s, w_own=w_own))
+        pk.train_step2(student, teacher, x, replace(s, w_own=w_own, kd_residual=0.0))
         assert same(weights(teacher), weights(small_gan(4)))
-        naive_training("step 2", t, by_hand, x, 0.0, 1e-3, w_own)
+        naive_training("step 2", t, by_hand, x, (0.0, 1e-3), w_own=w_own, w_residual=0)
         assert close(weights(student), weights(by_hand))
-        alike, again = small_gan(2), small_gan(4)
-        pk.train_step1(alike, again, x, s)
         assert close(weights(student), weights(alike)) == (w_own == 0)
 
 
@@ -490,7 +502,7 @@ def make_detector(x, x_held, width=2):
 def test_detectors_score_is_the_mahalanobis_length_of_the_residual():
     x = images(400)
     net, detector = make_detector(x, images(0))
-    r = pk.residuals(net.g, x).double()
+    r = pk.residuals(net, x).double()
     m, inverse = r.mean(0), torch.linalg.inv(torch.cov(r.T, correction=0))
     by_hand = torch.stack([((v - m) @ inverse @ (v - m)).sqrt() for v in r])
     scores, p_values = detector(x)
@@ -1031,10 +1043,10 @@ def test_samples_show_normal_images_left_and_anomalies_right(digits_run, folder_
     _, _, folder, task = digits_run
     nets, _ = pk.load_nets(folder / "nets.pt")
     picture = Image.open(folder / "samples.png")
-    assert picture.size == (16 * 100 + 12, 3 * 100 + 40)
+    assert picture.size == (80 + 16 * 100 + 12, 3 * 100 + 40)
     x = task.x_test[[task.y_test.index(False), task.y_test.index(True)]]
     for column, image in ((0, x[0]), (8, x[1])):
-        left = column * 100 + (12 if column else 0)
+        left = 80 + column * 100 + (12 if column else 0)
         for row, net in enumerate((None, "teacher", "step2")):
             shown = image if net is None else nets[net].g(image[None]).x_hat[0]
             tile = TF.pil_to_tensor(picture.crop((left, row * 100, left + 96, row * 100 + 96)))
@@ -1042,7 +1054,7 @@ def test_samples_show_normal_images_left_and_anomalies_right(digits_run, folder_
             assert torch.allclose(tile / 255, expected, atol=0.01)
         below = picture.crop((left, 300, left + 96, 340))
         assert below.getextrema()[0][0] < 100  # there is text
-    assert Image.open(folder_run[2] / "samples.png").size == (8 * 100 + 12, 340)
+    assert Image.open(folder_run[2] / "samples.png").size == (80 + 8 * 100 + 12, 340)
 
 
 @pytest.mark.parametrize("earlier", [{}, dict.fromkeys(pk.FILES[:-1], "earlier")])
@@ -1510,7 +1522,7 @@ def test_readme_names_what_there_is_and_line_endings_stay():
     named = set(re.findall(r"`([a-z_]+)\(", readme))
     assert {name for name in named if not hasattr(pk, name)} == set()
     losses = {name for name in vars(pk) if name.endswith("_loss")}
-    assert losses <= named and len(losses) == 7
+    assert losses <= named and len(losses) == 8
     known = {item.name for values in (pk.Options, pk.Settings) for item in fields(values)}
     known = {"--" + name.replace("_", "-") for name in known | {"score", "table", "help", "array"}}
     assert set(re.findall(r"(?<=[ `])--[a-z][a-z0-9-]+", readme)) <= known
