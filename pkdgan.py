@@ -4,7 +4,7 @@
     python pkdgan.py --dataset mnist --normal 3      # a quarter of an hour: about 95
     python pkdgan.py --dataset cifar10 --normal 3    # one of the paper's runs; --help has the flags
 
-It needs torch 2.6, torchvision 0.21 and scikit-learn 1.5, or newer.
+It needs Python 3.10, torch 2.6, torchvision 0.21 and scikit-learn 1.5, or newer.
 
 The method is that of Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for
 One-class Novelty Detection", IJCAI 2020 (arXiv 2007.06963). We did not have its text. [paper] means
@@ -31,14 +31,16 @@ from the frozen teacher alone, then together with it [paper]. train_stages() run
     L_D(real, fake)                                                   D tells real from fake
     L_G  = w_adv L_adv + w_con L_con + w_lat L_lat                    a GAN's own losses
     L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd    the distillation losses
+    L_residual = E[(r_t - r_s)^2], r = z - z_hat                      [ours]: first the codes are
+                                                                      distilled, then the score
 
 The student alone is the baseline: the same net, from the same initial weights, trained for as many
 updates as both steps. Step 2 goes on with step 1's student, its D included. L_adv_kd compares
-features of that D. In each stage the learning rates rise and then fall to zero; both steps share
-one such schedule, and step 2 begins on its way down.
+features of that D. In each stage the learning rates rise and then fall to zero. Both steps share
+one such schedule, on which step 2 begins at a third of the peak; its Adam is a new one.
 
-The AUROCs of the four stages are those of the paper's score. What the program saves for use is a
-Detector, which has the last student and a score of its own, whitened [ours].
+The AUROCs of the four stages are those of the paper's score. For use, the program saves a Detector
+[ours]: step 2's student with a Mahalanobis score.
 
 The method ends at the line "# ====". Pasted alone, it trains:
 
@@ -78,10 +80,10 @@ class Settings:
     step1_updates: int = setting(1440, "updates of step 1")
     step2_updates: int = setting(720, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
-    # the peak learning rates
+    # the peak learning rates; step 2 begins when the steps' schedule has fallen to a third of them
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
-    lr_step2_teacher: float = setting(2e-4, "learning rate of the teacher in step 2")
+    lr_step2_teacher: float = setting(2e-4, "learning rate of the teacher in step 2, as a peak")
     # the weights of the losses
     w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
     w_con: float = setting(1.0, "weight of a GAN's contextual loss")
@@ -142,8 +144,9 @@ def block_widths(size, width):
 
 
 class Encoder(nn.Module):
-    """DCGAN's encoder: convolutions that halve the image down to 4 x 4, then a linear layer. It is
-    both encoders of a generator (n_out is z_dim) and the discriminator (n_out is 1)."""
+    """DCGAN's discriminator with n_out outputs: convolutions that halve the image down to 4 x 4,
+    then a linear layer. It is both encoders of a generator (n_out is z_dim) and a discriminator
+    (n_out is 1)."""
 
     def __init__(self, size, channels, width, n_out):
         super().__init__()
@@ -162,7 +165,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """DCGAN's decoder: transposed convolutions from a code up to an image."""
+    """DCGAN's generator: transposed convolutions from a code up to an image."""
 
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
@@ -202,10 +205,10 @@ class Generator(nn.Module):
     def forward(self, x):
         """Images x (B, C, size, size) in [-1, 1] -> Generated."""
         code, _ = self.encode(x)
-        z = self.code_norm * F.normalize(code)
+        z = self.code_norm * F.normalize(code, dim=1)
         x_hat = self.decode(z)
         code_hat, _ = self.encode_again(x_hat)
-        z_hat = self.code_norm * F.normalize(code_hat)
+        z_hat = self.code_norm * F.normalize(code_hat, dim=1)
         return Generated(z, x_hat, z_hat)
 
 
@@ -234,8 +237,8 @@ def discriminator_loss(logit_real, logit_fake):
 
 def adversarial_loss(f_x, f_x_hat):
     """L_adv = E[(f(x) - f(x_hat))^2], where f(x) is what the last block of D makes of x: feature
-    matching (Salimans et al. 2016), image by image, as in GANomaly. It trains G alone, on which
-    f(x) does not depend. By hand: adversarial_loss([1., 2.], [1., 0.]) = 2"""
+    matching (Salimans et al. 2016), image by image, as in GANomaly. f(x) is detached: G's part is
+    x_hat alone. By hand: adversarial_loss([1., 2.], [1., 0.]) = 2"""
     return F.mse_loss(f_x_hat, f_x.detach())
 
 
@@ -268,15 +271,15 @@ def adversarial_distillation_loss(f_t, f_s):
 
 
 def residual_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
-    """L_residual = E[(r_t - r_s)^2], r = z - z_hat: the anomaly score is the length of r [ours].
+    """L_residual = E[(r_t - r_s)^2] [ours], r = z - z_hat, whose length is the anomaly score.
     By hand: residual_distillation_loss([1.], [0.], [1.], [3.]) = (0 - -3)^2 = 9"""
     return F.mse_loss(z_s - z_hat_s, (z_t - z_hat_t).detach())
 
 
 def gan_losses(gan, x, out, settings):
     """A GAN's own losses (for its D, for its G) on images x, given out = gan.g(x). They are
-    GANomaly's, with our weights [ours]. Their graphs overlap: take the gradient of each for its own
-    net alone, by loss.backward(inputs=...), as fit() does."""
+    GANomaly's, with our weights [ours]. Take the gradient of each for its own net alone, as fit()
+    does: a plain loss_d.backward() would give G a gradient, too."""
     logit_x, f_x = gan.d(x)
     logit_x_hat, f_x_hat = gan.d(out.x_hat)
     # ---- D: minimise L_D; x is real, x_hat is fake
@@ -294,9 +297,8 @@ def distillation_losses(student, out_t, out_s, settings):
     teacher and student made of the same images. Take their gradients as those of gan_losses()."""
     logit_t, f_t = student.d(out_t.x_hat.detach())
     logit_s, f_s = student.d(out_s.x_hat)  # not detached: f_s is for G
-    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (A common factor
-    # does not change Adam's updates, so kd_adv has no effect on D in step 1. In step 2 it has one,
-    # since there D minimises w_own L_D(x, x_hat_s), too.)
+    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (Adam's updates
+    # do not change with a common factor: kd_adv has an effect on D in step 2 alone, beside w_own.)
     loss_d = settings.kd_adv * discriminator_loss(logit_t, logit_s)
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
     inter = intermediate_distillation_loss(out_t.x_hat, out_s.x_hat)
@@ -328,8 +330,8 @@ def rate_factor(done, updates):
 
 def new_optimizer(gans_and_rates, before, updates):
     """One Adam for all GANs of a stage, each with its own peak learning rate, and the schedule of
-    these rates: over so many updates, of which some were done in the stage before. The betas are
-    DCGAN's."""
+    these rates. updates: the length of the schedule; before: where on it this stage begins. The
+    betas are DCGAN's."""
     groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in gans_and_rates]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -351,7 +353,7 @@ def fit(gans, loss_d, loss_g, optimizer, schedule):
     schedule.step()
 
 
-def watch(stage, gan, update, updates, loss_d, loss_g, report):
+def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
     """At each tenth of a stage's updates, see that the losses are finite and call
     report(stage, gan, update, updates, loss_d, loss_g), or nothing where report is None. Not more
     often: .item() waits for a GPU. Raises FloatingPointError when a loss overflows."""
@@ -386,12 +388,13 @@ def train_gan(stage, gan, x, rate, updates, settings, report=None):
         out = gan.g(x[indices])
         loss_d, loss_g = gan_losses(gan, x[indices], out, settings)
         fit([gan], loss_d, loss_g, optimizer, schedule)
-        watch(stage, gan, update, updates, loss_d, loss_g, report)
+        check_and_report(stage, gan, update, updates, loss_d, loss_g, report)
 
 
 def train_step1(student, teacher, x, settings, report=None):
     """Step 1: the student learns from the frozen teacher alone, in place."""
-    # What a frozen teacher makes of an image never changes: it is made once, without a graph.
+    # What a frozen teacher makes of an image never changes: it is made once, without a graph. (The
+    # teacher costs up to 700 times as much as the student.)
     with torch.no_grad():
         outs = [teacher.g(batch) for batch in small_batches(x)]
     z_t = torch.cat([out.z for out in outs])
@@ -406,20 +409,20 @@ def train_step1(student, teacher, x, settings, report=None):
         out_s = student.g(x[indices])
         loss_d, loss_g = distillation_losses(student, out_t, out_s, settings)
         fit([student], loss_d, loss_g, optimizer, schedule)
-        watch("step1", student, update, updates, loss_d, loss_g, report)
+        check_and_report("step1", student, update, updates, loss_d, loss_g, report)
 
 
 def train_step2(student, teacher, x, settings, report=None):
     """Step 2: student and teacher train on together, in place. Distillation is the student's.
 
-    With step1_updates = 0, kd_residual = 0 and a new student it is also each of the single steps
-    that the paper compares: with the teacher frozen (lr_step2_teacher = 0) or not, without the
-    student's own losses (w_own = 0) or with them."""
+    The single steps that the paper compares are this function, given a new student and settings
+    with step1_updates = 0, step2_updates = 2160 and kd_residual = 0: with the teacher frozen
+    (lr_step2_teacher = 0) or not, without the student's own losses (w_own = 0) or with them."""
     updates = settings.step2_updates
     both_steps = settings.step1_updates + settings.step2_updates
     rates = [(student, settings.lr_student), (teacher, settings.lr_step2_teacher)]
     optimizer, schedule = new_optimizer(rates, settings.step1_updates, both_steps)
-    batches = shuffled_batches(x, both_steps, settings)[settings.step1_updates :]
+    batches = shuffled_batches(x, both_steps, settings)[settings.step1_updates :]  # after step 1's
     for update, indices in enumerate(batches, start=1):
         out_t = teacher.g(x[indices])
         out_s = student.g(x[indices])
@@ -430,12 +433,12 @@ def train_step2(student, teacher, x, settings, report=None):
         loss_d = kd_d + settings.w_own * own_d + teacher_d
         loss_g = kd_g + settings.kd_residual * residual + settings.w_own * own_g + teacher_g
         fit([student, teacher], loss_d, loss_g, optimizer, schedule)
-        watch("step2", student, update, updates, loss_d, loss_g, report)
+        check_and_report("step2", student, update, updates, loss_d, loss_g, report)
 
 
 def train_stages(x, settings, report=None, teacher=None):
     """Train all stages on normal images x (N, C, size, size) in [-1, 1], size one of SIZES.
-    report: see watch(). teacher: a trained GAN; without one, the first stage trains it. Returns the
+    report: see check_and_report(). teacher: a trained GAN; without one, the first stage trains it. Returns the
     GAN that each stage leaves, by the stage's name, and "teacher_step2", its teacher."""
     if teacher is None:
         teacher = new_gan(x, settings.teacher_width, settings)

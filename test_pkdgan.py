@@ -335,15 +335,15 @@ def test_losses_are_reported_ten_times_a_stage(updates, told):
         reports.append(what)
 
     for k in range(1, updates + 1):
-        pk.watch("a stage", "its net", k, updates, tensor(k), tensor(2 * k), report)
+        pk.check_and_report("a stage", "its net", k, updates, tensor(k), tensor(2 * k), report)
     assert reports == [("a stage", "its net", k, updates, k, 2 * k) for k in told]
 
 
 @pytest.mark.parametrize("d, g", [(math.inf, 1.0), (1.0, math.nan)])
 def test_a_stage_stops_at_an_overflow(d, g):
-    pk.watch("a stage", None, 3, 20, tensor(d), tensor(g), None)
+    pk.check_and_report("a stage", None, 3, 20, tensor(d), tensor(g), None)
     with pytest.raises(FloatingPointError, match="a stage.*learning rates"):
-        pk.watch("a stage", None, 4, 20, tensor(d), tensor(g), None)
+        pk.check_and_report("a stage", None, 4, 20, tensor(d), tensor(g), None)
 
 
 def stages_by_hand(x, s):
@@ -1491,6 +1491,7 @@ def test_run_all_ends_with_all_its_runs(number, tmp_path):
     started = run_all(tmp_path, "--slow", JOBS="2", NORMALS="0 1 2 3", start=subprocess.Popen)
     while len(calls(tmp_path)) < 2:
         assert started.poll() is None
+        time.sleep(0.01)
     running = [words[0] for words in calls(tmp_path)]
     assert all(map(alive, running))
     started.send_signal(number)
