@@ -37,7 +37,7 @@ from the frozen teacher alone, then together with it [paper]. train_stages() run
 The student alone is the baseline: the same net, from the same initial weights, trained for as many
 updates as both steps. Step 2 goes on with step 1's student, its D included. L_adv_kd compares
 features of that D. In each stage the learning rates rise and then fall to zero. Both steps share
-one such schedule, on which step 2 begins at a third of the peak; its Adam is a new one.
+one such schedule, on which step 2 begins at a tenth of the peak; its Adam is a new one.
 
 The AUROCs of the four stages are those of the paper's score. For use, the program saves a Detector
 [ours]: step 2's student with a Mahalanobis score.
@@ -77,10 +77,10 @@ class Settings:
     # the length of each stage; the student alone gets as many updates as both steps together
     teacher_updates: int = setting(700, "updates of the teacher")
     alone_updates: int = setting(2160, "updates of the student alone")
-    step1_updates: int = setting(1440, "updates of step 1")
-    step2_updates: int = setting(720, "updates of step 2")
+    step1_updates: int = setting(1800, "updates of step 1")
+    step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
-    # the peak learning rates; step 2 begins when the steps' schedule has fallen to a third of them
+    # the peak learning rates; step 2 begins when the steps' schedule has fallen to a tenth of them
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
     lr_step2_teacher: float = setting(2e-4, "learning rate of the teacher in step 2, as a peak")
@@ -105,8 +105,8 @@ EXPERIMENTS = {
         student_width=1,
         teacher_updates=160,
         alone_updates=400,
-        step1_updates=270,
-        step2_updates=130,
+        step1_updates=320,
+        step2_updates=80,
         batch=16,
         lr_student=0.02,
         w_con=10.0,
@@ -120,7 +120,7 @@ EXPERIMENTS = {
     ),
     "fmnist": Settings(teacher_width=58, student_width=1, lr_teacher=6e-4),  # 719 (paper 700)
     "cifar10": Settings(teacher_width=64, student_width=8, lr_teacher=5e-4),  # 40 (paper 24)
-    "folder": Settings(lr_step2_teacher=1e-5),  # 76
+    "folder": Settings(),  # 76
 }
 
 # ----------------------------------------------------------------------------------------- networks
