@@ -510,7 +510,15 @@ def test_detectors_score_is_the_mahalanobis_length_of_the_residual():
     assert torch.corrcoef(torch.stack([scores.double(), by_hand]))[0, 1] > 0.99
     assert scores.square().mean().item() == pytest.approx(10, rel=0.1)  # unit variance, z_dim 10
     assert (p_values == 1).all() and pk.detect(detector, x[:0])[0].shape == (0,)
+    assert p_values.dtype == pk.detect(detector, x[:0])[1].dtype == torch.float64
     scores.numpy(), p_values.numpy()  # neither has a gradient
+
+
+def test_a_student_whose_codes_overflow_is_named():
+    net = small_gan(2)
+    net.g.encode.head.bias.data.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="codes are no numbers: lower the learning rates"):
+        pk.make_detector(net, images(), images(0), SMALL)
 
 
 def test_whitening_of_directions_that_hardly_vary(monkeypatch):
@@ -644,6 +652,7 @@ def test_training_set_is_the_normal_class_and_the_test_set_everything():
         task = task_of("--normal", "7", "--holdout", share)
         assert torch.equal(torch.cat([task.x, task.x_held]), every)
         assert len(task.x_held) == math.ceil(share * len(every))
+    assert len(task_of("--normal", "9", "--holdout", 0.9).x) == 12  # 10 % of 120, rounded or not
     assert task.normal == "7" and classes == list("0123456789")
     assert torch.equal(task.x_test, x_test / 127.5 - 1) and task.x.dtype == torch.float32
     assert task.y_test == [kind != "7" for kind in kinds] and task.kinds == kinds
@@ -739,6 +748,8 @@ def test_classes_are_folders_and_those_named_by_numbers_are_names_alone(tmp_path
     with pytest.raises(pk.UsageError, match=message):
         folder_task(tmp_path, "0")
     picture(1).save(tmp_path / "test" / "contact-sheet.png")
+    with pytest.raises(pk.UsageError, match="--normal ²: the classes"):  # int("²") fails
+        task_of("--normal", "²")
     with pytest.raises(OSError, match="contact-sheet.png is in no class"):
         folder_task(tmp_path, "1")
 
