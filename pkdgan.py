@@ -1,7 +1,7 @@
 """P-KDGAN: one-class novelty detection by a tiny GAN that learned from a wide one.
 
     python pkdgan.py                                 # digits, a minute on a CPU: AUROC about 96
-    python pkdgan.py --dataset mnist --normal 3      # a quarter of an hour: about 95
+    python pkdgan.py --dataset mnist --normal 3      # some ten minutes: about 96
     python pkdgan.py --dataset cifar10 --normal 3    # one of the paper's runs; --help has the flags
 
 It needs Python 3.10, torch 2.6, torchvision 0.21 and scikit-learn 1.5, or newer.
