@@ -34,10 +34,11 @@ from the frozen teacher alone, then together with it [paper]. train_stages() run
     L_residual = E[(r_t - r_s)^2], r = z - z_hat                      [ours]: first the codes are
                                                                       distilled, then the score
 
-The student alone is the baseline: the same net, from the same initial weights, trained for as many
-updates as both steps. Step 2 goes on with step 1's student, its D included. L_adv_kd compares
-features of that D. In each stage the learning rates rise and then fall to zero. Both steps share
-one such schedule, on which step 2 begins at a tenth of the peak; its Adam is a new one.
+The student alone is the baseline: the same net, from the same initial weights, trained by default
+for as many updates as both steps. Step 2 goes on with step 1's student, its D included. L_adv_kd
+compares features of that D. Learning rates rise, then fall to zero: once for the teacher, once for
+the student alone, and once over both steps together. On that last schedule step 2 begins at about a
+tenth of the peak, by the default lengths; its Adam is a new one.
 
 The AUROCs of the four stages are those of the paper's score. For use, the program saves a Detector
 [ours]: step 2's student with a Mahalanobis score.
@@ -80,10 +81,10 @@ class Settings:
     step1_updates: int = setting(1800, "updates of step 1")
     step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
-    # the peak learning rates; step 2 begins when the steps' schedule has fallen to a tenth of them
+    # the peak learning rates; step 2 begins when the steps' schedule has fallen to about a tenth
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
-    lr_step2_teacher: float = setting(2e-4, "learning rate of the teacher in step 2, as a peak")
+    lr_step2_teacher: float = setting(2e-4, "peak rate of the teacher on the steps' schedule")
     # the weights of the losses
     w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
     w_con: float = setting(1.0, "weight of a GAN's contextual loss")
@@ -313,15 +314,15 @@ def shuffled_batches(x, updates, settings):
     """The indices into x of each update's images: all of x in a random order, then in another, and
     so on; a batch may span two. The orders are those of the seed, the same in every stage."""
     rng = torch.Generator().manual_seed(settings.seed)
-    passes = 1 + updates * settings.batch // len(x)
+    passes = 1 + updates * settings.batch // len(x)  # enough of them, rounded up
     orders = [torch.randperm(len(x), generator=rng) for _ in range(passes)]
     return torch.cat(orders).to(x.device).split(settings.batch)[:updates]
 
 
 def rate_factor(done, updates):
-    """The factor on the peak learning rate for the next update, when so many are done: it rises
-    linearly over the first 15 % of the updates, then falls to 0 as half a cosine [ours]. It is the
-    one in the middle of the update: at its beginning, the first would have a rate of 0."""
+    """The factor on the peak learning rate for update number `done`, counted from 0: it rises
+    linearly over the first 15 % of the updates, then falls to 0 as half a cosine [ours]. It is
+    taken at the update's midpoint, so that the first is not 0."""
     progress = (done + 0.5) / max(1, updates)  # a stage may have no updates
     if progress < 0.15:
         return progress / 0.15
@@ -347,7 +348,7 @@ def fit(gans, loss_d, loss_g, optimizer, schedule):
     d_params = [p for gan in gans for p in gan.d.parameters()]
     g_params = [p for gan in gans for p in gan.g.parameters()]
     optimizer.zero_grad()
-    loss_d.backward(inputs=d_params, retain_graph=True)
+    loss_d.backward(inputs=d_params, retain_graph=True)  # D's alone; loss_g needs the graph, too
     loss_g.backward(inputs=g_params)
     optimizer.step()
     schedule.step()
@@ -368,7 +369,7 @@ def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
 
 
 def small_batches(x):
-    """Images x in batches of at most as many pixels as 128 images of 32 x 32: they fit a cache."""
+    """Images x in batches of as many pixels as 128 images of 32 x 32, which fit a cache."""
     pixels = x.shape[2] * x.shape[3]
     return x.split(max(1, 128 * 32 * 32 // pixels))
 
@@ -394,7 +395,7 @@ def train_gan(stage, gan, x, rate, updates, settings, report=None):
 def train_step1(student, teacher, x, settings, report=None):
     """Step 1: the student learns from the frozen teacher alone, in place."""
     # What a frozen teacher makes of an image never changes: it is made once, without a graph. (The
-    # teacher costs up to 700 times as much as the student.)
+    # teacher costs hundreds of times as much as the student.)
     with torch.no_grad():
         outs = [teacher.g(batch) for batch in small_batches(x)]
     z_t = torch.cat([out.z for out in outs])
@@ -415,9 +416,9 @@ def train_step1(student, teacher, x, settings, report=None):
 def train_step2(student, teacher, x, settings, report=None):
     """Step 2: student and teacher train on together, in place. Distillation is the student's.
 
-    The single steps that the paper compares are this function, given a new student and settings
-    with step1_updates = 0, step2_updates = 2160 and kd_residual = 0: with the teacher frozen
-    (lr_step2_teacher = 0) or not, without the student's own losses (w_own = 0) or with them."""
+    For a single step [paper], give it a new student and settings with step1_updates = 0,
+    step2_updates = 2160 and kd_residual = 0. Its forms: lr_step2_teacher = 0 freezes the teacher,
+    w_own = 0 leaves out the student's own losses."""
     updates = settings.step2_updates
     both_steps = settings.step1_updates + settings.step2_updates
     rates = [(student, settings.lr_student), (teacher, settings.lr_step2_teacher)]
