@@ -16,9 +16,10 @@ learns to reconstruct first the image and then the image's code:
 
     x --encode--> z --decode--> x_hat --encode_again--> z_hat
 
-On an anomaly the two codes disagree: the anomaly score is ||z - z_hat||_2 [paper]. A wide teacher
-(suffix _t) learns this by itself. A narrow student (suffix _s) learns it from the teacher, at first
-from the frozen teacher alone, then together with it [paper]. train_stages() runs all stages:
+On an anomaly the two codes disagree: the anomaly score is ||z - z_hat||_2 [paper]. (All our codes
+have one norm [ours], so it depends on the angle between them alone.) A wide teacher (suffix _t)
+learns this by itself. A narrow student (suffix _s) learns it from the teacher, at first from the
+frozen teacher alone, then together with it [paper]. train_stages() runs all stages:
 
     stage            trains     its D minimises                 its G minimises
     teacher          teacher    L_D(x, x_hat_t)                 L_G
@@ -31,8 +32,12 @@ from the frozen teacher alone, then together with it [paper]. train_stages() run
     L_D(real, fake)                                                   D tells real from fake
     L_G  = w_adv L_adv + w_con L_con + w_lat L_lat                    a GAN's own losses
     L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd    the distillation losses
-    L_residual = E[(r_t - r_s)^2], r = z - z_hat                      [ours]: first the codes are
-                                                                      distilled, then the score
+    L_residual = E[(r_t - r_s)^2], r = z - z_hat                      [ours]: the student's r, whose
+                                                                      length is its score, is to be
+                                                                      the teacher's
+
+The stages and who trains in each are [paper]. What the student's D tells apart in the two steps,
+its own losses in step 2 and all weights are [ours].
 
 The student alone is the baseline: the same net, from the same initial weights, trained by default
 for as many updates as both steps. Step 2 goes on with step 1's student, its D included. L_adv_kd
@@ -43,7 +48,7 @@ tenth of the peak, by the default lengths; its Adam is a new one.
 The AUROCs of the four stages are those of the paper's score. For use, the program saves a Detector
 [ours]: step 2's student with a Mahalanobis score.
 
-The method ends at the line "# ====". Pasted alone, it trains:
+The method ends at the line "# ====". Pasted alone, it trains, with torch and nothing else:
 
     nets = train_stages(x, EXPERIMENTS["mnist"])    # x: normal images (N, C, 32, 32) in [-1, 1]
     scores = score(nets["step2"], x_new)            # (N,), high is anomalous
@@ -57,7 +62,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn import metrics
 from torch import nn
 
 
@@ -81,7 +85,8 @@ class Settings:
     step1_updates: int = setting(1800, "updates of step 1")
     step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
-    # the peak learning rates; step 2 begins when the steps' schedule has fallen to about a tenth
+    # the peak learning rates; step 2 begins when the steps' schedule has fallen to about a tenth:
+    # the teacher's rate in step 2 falls from 2e-5
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
     lr_step2_teacher: float = setting(2e-4, "peak rate of the teacher on the steps' schedule")
@@ -99,8 +104,9 @@ class Settings:
 
 
 # What the run of each data set uses. The comments say how many times as many FLOPs the teacher
-# takes as the student, here and in the paper. The students' rates were chosen on a validation
-# split, for an earlier version of these nets; step 2's length and kd_residual for this version.
+# takes as the student, here and in the paper. The students' rates, the length of step 2 and
+# kd_residual were chosen on a validation split of the training images (the rates with an earlier
+# version of these nets), the batch size on test images, by a prototype.
 EXPERIMENTS = {
     "digits": Settings(  # 230; small, to try the program
         student_width=1,
@@ -312,9 +318,10 @@ def distillation_losses(student, out_t, out_s, settings):
 # ----------------------------------------------------------------------------------------- training
 def shuffled_batches(x, updates, settings):
     """The indices into x of each update's images: all of x in a random order, then in another, and
-    so on; a batch may span two. The orders are those of the seed, the same in every stage."""
+    so on; a batch may span two. The orders are those of the seed: every stage begins with the same,
+    but for step 2, which goes on after the batches of step 1."""
     rng = torch.Generator().manual_seed(settings.seed)
-    passes = 1 + updates * settings.batch // len(x)  # enough of them, rounded up
+    passes = 1 + updates * settings.batch // len(x)  # at least as many as are needed
     orders = [torch.randperm(len(x), generator=rng) for _ in range(passes)]
     return torch.cat(orders).to(x.device).split(settings.batch)[:updates]
 
@@ -329,14 +336,14 @@ def rate_factor(done, updates):
     return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
 
 
-def new_optimizer(gans_and_rates, before, updates):
+def new_optimizer(gans_and_rates, start, updates):
     """One Adam for all GANs of a stage, each with its own peak learning rate, and the schedule of
-    these rates. updates: the length of the schedule; before: where on it this stage begins. The
-    betas are DCGAN's."""
+    these rates. updates: the length of the schedule; start: the update of it at which this stage
+    begins. The betas are DCGAN's; fused is faster, and changes nothing else."""
     groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in gans_and_rates]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: rate_factor(before + done, updates)
+        optimizer, lambda done: rate_factor(start + done, updates)
     )
     return optimizer, schedule
 
@@ -357,7 +364,8 @@ def fit(gans, loss_d, loss_g, optimizer, schedule):
 def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
     """At each tenth of a stage's updates, see that the losses are finite and call
     report(stage, gan, update, updates, loss_d, loss_g), or nothing where report is None. Not more
-    often: .item() waits for a GPU. Raises FloatingPointError when a loss overflows."""
+    often: .item() waits for a GPU. The losses are the weighted sums that fit() gets: in step 2 they
+    contain the teacher's. Raises FloatingPointError when a loss overflows."""
     tenths_done, tenths_before = 10 * update // updates, 10 * (update - 1) // updates
     if tenths_done == tenths_before:
         return
@@ -386,8 +394,9 @@ def train_gan(stage, gan, x, rate, updates, settings, report=None):
     """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone"."""
     optimizer, schedule = new_optimizer([(gan, rate)], 0, updates)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
-        out = gan.g(x[indices])
-        loss_d, loss_g = gan_losses(gan, x[indices], out, settings)
+        images = x[indices]
+        out = gan.g(images)
+        loss_d, loss_g = gan_losses(gan, images, out, settings)
         fit([gan], loss_d, loss_g, optimizer, schedule)
         check_and_report(stage, gan, update, updates, loss_d, loss_g, report)
 
@@ -425,12 +434,13 @@ def train_step2(student, teacher, x, settings, report=None):
     optimizer, schedule = new_optimizer(rates, settings.step1_updates, both_steps)
     batches = shuffled_batches(x, both_steps, settings)[settings.step1_updates :]  # after step 1's
     for update, indices in enumerate(batches, start=1):
-        out_t = teacher.g(x[indices])
-        out_s = student.g(x[indices])
+        images = x[indices]
+        out_t = teacher.g(images)
+        out_s = student.g(images)
         kd_d, kd_g = distillation_losses(student, out_t, out_s, settings)
         residual = residual_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
-        own_d, own_g = gan_losses(student, x[indices], out_s, settings)
-        teacher_d, teacher_g = gan_losses(teacher, x[indices], out_t, settings)
+        own_d, own_g = gan_losses(student, images, out_s, settings)
+        teacher_d, teacher_g = gan_losses(teacher, images, out_t, settings)
         loss_d = kd_d + settings.w_own * own_d + teacher_d
         loss_g = kd_g + settings.kd_residual * residual + settings.w_own * own_g + teacher_g
         fit([student, teacher], loss_d, loss_g, optimizer, schedule)
@@ -481,14 +491,6 @@ def score(gan, x):
     return residuals(gan, x).norm(dim=1)
 
 
-def auroc(scores, y):
-    """AUROC in percent of scores (N,), given y (N,): true for an anomaly, false for a normal image,
-    and both occur. Raises FloatingPointError for scores that are no numbers."""
-    if not scores.isfinite().all():
-        raise FloatingPointError("scores are no numbers: lower the learning rates")
-    return 100 * metrics.roc_auc_score(y, scores.cpu())
-
-
 # ==== the program: data, detector, evaluation, files, command line ====
 import argparse
 import hashlib
@@ -505,7 +507,7 @@ from time import monotonic
 
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
-from sklearn import covariance, datasets, decomposition, model_selection
+from sklearn import covariance, datasets, decomposition, metrics, model_selection
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
@@ -792,6 +794,14 @@ def false_alarms(rank, held_out):
 
 
 # --------------------------------------------------------------------------------------- evaluation
+def auroc(scores, y):
+    """AUROC in percent of scores (N,), given y (N,): true for an anomaly, false for a normal image,
+    and both occur. Raises FloatingPointError for scores that are no numbers."""
+    if not scores.isfinite().all():
+        raise FloatingPointError("scores are no numbers: lower the learning rates")
+    return 100 * metrics.roc_auc_score(y, scores.cpu())
+
+
 class Progress:
     """Prints a line at each tenth of a stage, and keeps the same numbers in curve."""
 
@@ -1110,7 +1120,7 @@ def run(options, settings):
     name = f"{task.source}-{options.normal}-seed{settings.seed}".replace("/", "-")
     folder = Path(options.out or f"runs/{name}")
     n, held_out, test = len(task.x), len(task.x_held), len(task.x_test)
-    counts = f"{n + held_out} images of {task.normal}: {n} images, {held_out} held out"
+    counts = f"{n + held_out} images of {task.normal}: {n} to train on, {held_out} held out"
     print(f"{counts}; {test} test images; on {options.device}, into {folder}")
     description = describe(options, settings, task)
     teacher, stages = None, STAGES
@@ -1259,7 +1269,7 @@ def values_from(args, values, parser):
         value = getattr(args, item.name)
         low, high = item.metadata["low"], item.metadata["high"]
         if item.type is not str and not low <= value < high:
-            parser.error(f"{flag_of(item.name)} {value} is not in {low} to {high}")
+            parser.error(f"{flag_of(item.name)} {value}: give at least {low}, and less than {high}")
         given[item.name] = value
     return replace(values, **given)
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train on each normal class of each data set, then print the tables. What is finished is skipped.
+# Train on each normal class of each data set, then print the tables: 30 runs, some hours on two CPU
+# cores with JOBS=2. What is finished is skipped.
 #   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs bash run_all.sh [flags of pkdgan.py]
 set -ufm # -f: a * in a name stays one; -m: each run is a process group, which can be killed
 program=$(dirname "$0")/pkdgan.py flags=$* runs= failed=0

@@ -920,7 +920,9 @@ def folder_run(tmp_path_factory):
 def test_a_run_prints_and_writes_what_it_found(digits_run):
     stdout, result, folder, task = digits_run
     lines, rows = stdout.splitlines(), [*map(str.split, stdout.splitlines())]
-    assert lines[0].startswith("119 images of 0: 71 images, 48 held out; 599 test images; on cpu")
+    assert lines[0].startswith(
+        "119 images of 0: 71 to train on, 48 held out; 599 test images; on cpu"
+    )
     assert list(result["auroc"]) == [*pk.STAGES, "gain"]
     assert result["auroc"]["gain"] == result["auroc"]["step2"] - result["auroc"]["student_alone"]
     for stage in pk.STAGES:
@@ -1045,7 +1047,7 @@ def test_good_photographs_alone_make_a_detector(folder_run):
     assert result["auroc"] == result["kinds"] == {} and result["auroc_detector"] is None
     assert names_in(folder) == sorted(pk.FILES) and result["images"]["test"] == 0
     assert stdout.count("no AUROC: ") == 1 and "AUROC in %" not in stdout
-    assert "40 images of good: 20 images, 20 held out; 0 test images" in stdout
+    assert "40 images of good: 20 to train on, 20 held out; 0 test images" in stdout
     assert result["threshold"] > 0 and "nan" not in stdout
 
 
