@@ -925,38 +925,38 @@ def print_result(result):
         print(f"{low:.0f} to {high:.0f} % of new normal images (nine times in ten).")
 
 
-def eight_of(items):
-    """At most eight items, spread over a list: folders are sorted by class."""
-    return items[:: max(1, len(items) // 8)][:8]
+def four_of(items):
+    """At most four items, spread over a list: folders are sorted by class."""
+    return items[:: max(1, len(items) // 4)][:4]
 
 
 def draw_samples(nets, task):
-    """A picture: normal test images on the left, anomalies on the right, eight each, in three rows:
+    """A picture: normal test images on the left, anomalies on the right, four each, in three rows:
     the image, the teacher's reconstruction, the student's; below, class and the student's score."""
     normal = [i for i, anomaly in enumerate(task.y_test) if not anomaly]
     anomalies = [i for i, anomaly in enumerate(task.y_test) if anomaly]
-    shown = eight_of(normal) + eight_of(anomalies)
+    shown = four_of(normal) + four_of(anomalies)
     x, kinds = task.x_test[shown], [task.kinds[i] for i in shown]
     if not normal:  # then some of those that were trained on
-        x, kinds = torch.cat([task.x[:8], x]), [task.normal] * len(task.x[:8]) + kinds
+        x, kinds = torch.cat([task.x[:4], x]), [task.normal] * 4 + kinds
     student = nets["step2"]
     scores = score(student, x).tolist()
     with torch.no_grad():
         rows = torch.stack([x, nets["teacher"].g(x).x_hat, student.g(x).x_hat], dim=1)
     side = max(96, task.x.shape[3])  # of an image in the picture
-    step, margin = side + 4, 80  # at the left, for the names of the rows
-    picture = Image.new("RGB", (margin + len(x) * step + 12, 3 * step + 40), "white")
+    step, margin = side + 4, 95  # at the left, for the names of the rows
+    picture = Image.new("RGB", (margin + len(x) * step + 12, 3 * step + 48), "white")
     draw = ImageDraw.Draw(picture)
     for row, name in enumerate(["image", "teacher", "student"]):
-        draw.text((4, row * step + side // 2 - 8), name, fill="black", font_size=15)
-    draw.text((4, 3 * step), "class\n||z-z_hat||", fill="black", font_size=15)
+        draw.text((4, row * step + side // 2 - 10), name, fill="black", font_size=18)
+    draw.text((4, 3 * step), "class\n|z-z_hat|", fill="black", font_size=18)
     for column, images in enumerate(rows.cpu()):
         left = margin + column * step + (12 if kinds[column] != task.normal else 0)
         for row, image in enumerate(images):
             tile = to_pil_image(image / 2 + 0.5).resize((side, side), Image.NEAREST)
             picture.paste(tile, (left, row * step))
-        label = f"{kinds[column][:12]}\n{scores[column]:.2f}"
-        draw.text((left + 4, 3 * step), label, fill="black", font_size=15)
+        label = f"{kinds[column][:10]}\n{scores[column]:.2f}"
+        draw.text((left + 4, 3 * step), label, fill="black", font_size=18)
     return picture
 
 

@@ -1056,18 +1056,18 @@ def test_samples_show_normal_images_left_and_anomalies_right(digits_run, folder_
     _, _, folder, task = digits_run
     nets, _ = pk.load_nets(folder / "nets.pt")
     picture = Image.open(folder / "samples.png")
-    assert picture.size == (80 + 16 * 100 + 12, 3 * 100 + 40)
+    assert picture.size == (95 + 8 * 100 + 12, 3 * 100 + 48)
     x = task.x_test[[task.y_test.index(False), task.y_test.index(True)]]
-    for column, image in ((0, x[0]), (8, x[1])):
-        left = 80 + column * 100 + (12 if column else 0)
+    for column, image in ((0, x[0]), (4, x[1])):
+        left = 95 + column * 100 + (12 if column else 0)
         for row, net in enumerate((None, "teacher", "step2")):
             shown = image if net is None else nets[net].g(image[None]).x_hat[0]
             tile = TF.pil_to_tensor(picture.crop((left, row * 100, left + 96, row * 100 + 96)))
             expected = TF.resize(shown / 2 + 0.5, [96, 96], TF.InterpolationMode.NEAREST)
             assert torch.allclose(tile / 255, expected, atol=0.01)
-        below = picture.crop((left, 300, left + 96, 340))
+        below = picture.crop((left, 300, left + 96, 348))
         assert below.getextrema()[0][0] < 100  # there is text
-    assert Image.open(folder_run[2] / "samples.png").size == (80 + 8 * 100 + 12, 340)
+    assert Image.open(folder_run[2] / "samples.png").size == (95 + 4 * 100 + 12, 348)
 
 
 @pytest.mark.parametrize("earlier", [{}, dict.fromkeys(pk.FILES[:-1], "earlier")])
