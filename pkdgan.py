@@ -2,7 +2,7 @@
 
     python pkdgan.py                                 # digits, a minute on a CPU: AUROC about 96
     python pkdgan.py --dataset mnist --normal 3      # some ten minutes: about 96
-    python pkdgan.py --dataset cifar10 --normal 3    # one of the paper's runs; --help has the flags
+    python pkdgan.py --dataset cifar10 --normal 3    # some twenty minutes; --help has the flags
 
 It needs Python 3.10, torch 2.6, torchvision 0.21 and scikit-learn 1.5, or newer.
 
@@ -16,10 +16,9 @@ learns to reconstruct first the image and then the image's code:
 
     x --encode--> z --decode--> x_hat --encode_again--> z_hat
 
-On an anomaly the two codes disagree: the anomaly score is ||z - z_hat||_2 [paper]. (All our codes
-have one norm [ours], so it depends on the angle between them alone.) A wide teacher (suffix _t)
-learns this by itself. A narrow student (suffix _s) learns it from the teacher, at first from the
-frozen teacher alone, then together with it [paper]. train_stages() runs all stages:
+On an anomaly the two codes disagree: the anomaly score is ||z - z_hat||_2 [paper]. A wide teacher
+(suffix _t) learns this by itself. A narrow student (suffix _s) learns it from the teacher, at first
+from the frozen teacher alone, then together with it [paper]. train_stages() runs all stages:
 
     stage            trains     its D minimises                 its G minimises
     teacher          teacher    L_D(x, x_hat_t)                 L_G
@@ -32,18 +31,18 @@ frozen teacher alone, then together with it [paper]. train_stages() runs all sta
     L_D(real, fake)                                                   D tells real from fake
     L_G  = w_adv L_adv + w_con L_con + w_lat L_lat                    a GAN's own losses
     L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd    the distillation losses
-    L_residual = E[(r_t - r_s)^2], r = z - z_hat                      [ours]: the student's r, whose
-                                                                      length is its score, is to be
+    L_residual = E[(r_t - r_s)^2], r = z - z_hat                      [ours] it pulls the student's r,
+                                                                      whose length is its score, to
                                                                       the teacher's
 
 The stages and who trains in each are [paper]. What the student's D tells apart in the two steps,
 its own losses in step 2 and all weights are [ours].
 
 The student alone is the baseline: the same net, from the same initial weights, trained by default
-for as many updates as both steps. Step 2 goes on with step 1's student, its D included. L_adv_kd
-compares features of that D. Learning rates rise, then fall to zero: once for the teacher, once for
-the student alone, and once over both steps together. On that last schedule step 2 begins at about a
-tenth of the peak, by the default lengths; its Adam is a new one.
+for as many updates as both steps. Step 2 goes on with step 1's student (its G and its D) and with
+the trained teacher. L_adv_kd compares features of the student's D. The learning rates rise, then
+fall to zero: once for the teacher, once for the student alone, and once over both steps together.
+So step 2 begins at about a tenth of the peak rates. It has a new Adam.
 
 The AUROCs of the four stages are those of the paper's score. For use, the program saves a Detector
 [ours]: step 2's student with a Mahalanobis score.
@@ -85,11 +84,11 @@ class Settings:
     step1_updates: int = setting(1800, "updates of step 1")
     step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
-    # the peak learning rates; step 2 begins when the steps' schedule has fallen to about a tenth:
-    # the teacher's rate in step 2 falls from 2e-5
+    # the peak learning rates. Step 2 is the end of its schedule, where the rates have fallen to
+    # about a tenth of the peak: so the teacher's falls from 2e-5 there.
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
-    lr_step2_teacher: float = setting(2e-4, "peak rate of the teacher on the steps' schedule")
+    lr_step2_teacher: float = setting(2e-4, "peak rate of the teacher; step 2 begins at a tenth")
     # the weights of the losses
     w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
     w_con: float = setting(1.0, "weight of a GAN's contextual loss")
@@ -103,10 +102,10 @@ class Settings:
     seed: int = setting(0, "random seed of initial weights and of the images' order", high=2**32)
 
 
-# What the run of each data set uses. The comments say how many times as many FLOPs the teacher
-# takes as the student, here and in the paper. The students' rates, the length of step 2 and
-# kd_residual were chosen on a validation split of the training images (the rates with an earlier
-# version of these nets), the batch size on test images, by a prototype.
+# What the run of each data set uses. A comment gives the ratio of FLOPs, teacher to student, and the
+# paper's. The students' rates, which differ, were chosen for each data set on a validation split of
+# the training images, with an earlier version of these nets; so were the length of step 2 and
+# kd_residual, with these. The batch size was chosen on test images, with a prototype.
 EXPERIMENTS = {
     "digits": Settings(  # 230; small, to try the program
         student_width=1,
@@ -138,12 +137,13 @@ EXPERIMENTS = {
 # (Ulyanov et al. 2016): we take that, at any batch size [ours]. It keeps no running statistics, so
 # training and evaluation mode are the same, and no score depends on an image's batch.
 
-SIZES = [16, 32, 64, 128, 256, 512]  # of images, which are square
+SIZES = [16, 32, 64, 128, 256, 512]  # heights of images, which are square
 
 
 def block_widths(size, width):
-    """The channels of each block between an image of size x size and 4 x 4: they double, up to 8 *
-    width, as in DCGAN (Radford et al. 2016). By hand: block_widths(32, 64) = [64, 128, 256]"""
+    """The channels of each block. A block halves an image of size x size, down to 4 x 4, and doubles
+    the channels, up to 8 * width, as in DCGAN (Radford et al. 2016).
+    By hand: block_widths(32, 64) = [64, 128, 256]"""
     if size not in SIZES:
         raise ValueError(f"images are {size} x {size}: resize them to one of {SIZES}")
     blocks = int(math.log2(size)) - 2
@@ -200,7 +200,8 @@ class Generated(NamedTuple):
 
 class Generator(nn.Module):
     """Encoder-decoder-encoder x -> z -> x_hat -> z_hat [paper], as in GANomaly (Akcay et al. 2018).
-    Codes are scaled to one norm [ours]: else shrinking both codes would lower the latent loss."""
+    Codes are scaled to one norm [ours]: else G could lower the latent loss by shrinking both. So
+    the score depends only on the angle between them."""
 
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
@@ -226,7 +227,7 @@ class GAN(nn.Module):
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
         self.g = Generator(size, channels, width, z_dim)
-        self.d = Encoder(size, channels, width, n_out=1)
+        self.d = Encoder(size, channels, width, n_out=1)  # its one output is the logit
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -244,8 +245,8 @@ def discriminator_loss(logit_real, logit_fake):
 
 def adversarial_loss(f_x, f_x_hat):
     """L_adv = E[(f(x) - f(x_hat))^2], where f(x) is what the last block of D makes of x: feature
-    matching (Salimans et al. 2016), image by image, as in GANomaly. f(x) is detached: G's part is
-    x_hat alone. By hand: adversarial_loss([1., 2.], [1., 0.]) = 2"""
+    matching (Salimans et al. 2016), image by image, as in GANomaly. f(x) is the target, so it is
+    detached. By hand: adversarial_loss([1., 2.], [1., 0.]) = 2"""
     return F.mse_loss(f_x_hat, f_x.detach())
 
 
@@ -285,8 +286,10 @@ def residual_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
 
 def gan_losses(gan, x, out, settings):
     """A GAN's own losses (for its D, for its G) on images x, given out = gan.g(x). They are
-    GANomaly's, with our weights [ours]. Take the gradient of each for its own net alone, as fit()
-    does: a plain loss_d.backward() would give G a gradient, too."""
+    GANomaly's, with our weights [ours].
+
+    Each loss has a gradient for both nets, since x_hat is not detached. Take it for one net alone,
+    as fit() does."""
     logit_x, f_x = gan.d(x)
     logit_x_hat, f_x_hat = gan.d(out.x_hat)
     # ---- D: minimise L_D; x is real, x_hat is fake
@@ -304,8 +307,8 @@ def distillation_losses(student, out_t, out_s, settings):
     teacher and student made of the same images. Take their gradients as those of gan_losses()."""
     logit_t, f_t = student.d(out_t.x_hat.detach())
     logit_s, f_s = student.d(out_s.x_hat)  # not detached: f_s is for G
-    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (Adam's updates
-    # do not change with a common factor: kd_adv has an effect on D in step 2 alone, beside w_own.)
+    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (Adam ignores a
+    # common factor: for D, kd_adv matters only in step 2, against w_own.)
     loss_d = settings.kd_adv * discriminator_loss(logit_t, logit_s)
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
     inter = intermediate_distillation_loss(out_t.x_hat, out_s.x_hat)
@@ -318,40 +321,40 @@ def distillation_losses(student, out_t, out_s, settings):
 # ----------------------------------------------------------------------------------------- training
 def shuffled_batches(x, updates, settings):
     """The indices into x of each update's images: all of x in a random order, then in another, and
-    so on; a batch may span two. The orders are those of the seed: every stage begins with the same,
-    but for step 2, which goes on after the batches of step 1."""
+    so on; a batch may span two. The seed fixes the orders. Every stage takes the batches from the
+    first on, but for step 2, which goes on after those of step 1."""
     rng = torch.Generator().manual_seed(settings.seed)
-    passes = 1 + updates * settings.batch // len(x)  # at least as many as are needed
+    passes = 1 + (updates * settings.batch) // len(x)  # at least as many as are needed
     orders = [torch.randperm(len(x), generator=rng) for _ in range(passes)]
     return torch.cat(orders).to(x.device).split(settings.batch)[:updates]
 
 
-def rate_factor(done, updates):
-    """The factor on the peak learning rate for update number `done`, counted from 0: it rises
-    linearly over the first 15 % of the updates, then falls to 0 as half a cosine [ours]. It is
-    taken at the update's midpoint, so that the first is not 0."""
-    progress = (done + 0.5) / max(1, updates)  # a stage may have no updates
+def rate_factor(update, updates):
+    """The factor on the peak learning rate in an update, counted from 0: it rises linearly over the
+    first 15 % of the updates, then falls to 0 as half a cosine [ours]. It is taken at the update's
+    midpoint, so that the first is not 0."""
+    progress = (update + 0.5) / max(1, updates)  # a stage may have no updates
     if progress < 0.15:
         return progress / 0.15
     return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
 
 
-def new_optimizer(gans_and_rates, start, updates):
+def new_optimizer_and_schedule(gans_and_rates, start, updates):
     """One Adam for all GANs of a stage, each with its own peak learning rate, and the schedule of
     these rates. updates: the length of the schedule; start: the update of it at which this stage
-    begins. The betas are DCGAN's; fused is faster, and changes nothing else."""
+    begins. The betas are DCGAN's; fused is only faster."""
     groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in gans_and_rates]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: rate_factor(start + done, updates)
+        optimizer, lambda update: rate_factor(start + update, updates)
     )
     return optimizer, schedule
 
 
 def fit(gans, loss_d, loss_g, optimizer, schedule):
-    """Fit GANs to a batch, in place: one update. Their D's get the gradient of loss_d alone, their
-    G's that of loss_g alone. Both are taken before any weight changes. (So D(x_hat) is computed
-    once. The usual way, D first, with x_hat detached, and then G, computes it twice.)"""
+    """One update of GANs, in place. Their D's get the gradient of loss_d alone, their G's that of
+    loss_g alone. Both are taken before any weight changes. (So D(x_hat) is computed once. The usual
+    way, D first, with x_hat detached, and then G, computes it twice.)"""
     d_params = [p for gan in gans for p in gan.d.parameters()]
     g_params = [p for gan in gans for p in gan.g.parameters()]
     optimizer.zero_grad()
@@ -362,37 +365,40 @@ def fit(gans, loss_d, loss_g, optimizer, schedule):
 
 
 def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
-    """At each tenth of a stage's updates, see that the losses are finite and call
-    report(stage, gan, update, updates, loss_d, loss_g), or nothing where report is None. Not more
-    often: .item() waits for a GPU. The losses are the weighted sums that fit() gets: in step 2 they
-    contain the teacher's. Raises FloatingPointError when a loss overflows."""
-    tenths_done, tenths_before = 10 * update // updates, 10 * (update - 1) // updates
-    if tenths_done == tenths_before:
+    """After each tenth of a stage's updates, check that the losses are finite, and call
+    report(stage, gan, update, updates, loss_d, loss_g) if there is a report. Not more often: .item()
+    waits for a GPU. The losses are the weighted sums that fit() gets: in step 2 they contain the
+    teacher's. Raises FloatingPointError for a loss that is not finite."""
+    tenths = (10 * update) // updates
+    tenths_before = (10 * (update - 1)) // updates
+    if tenths == tenths_before:
         return
     value_d, value_g = loss_d.item(), loss_g.item()
     if not math.isfinite(value_d + value_g):
-        raise FloatingPointError(f"{stage}: a loss overflows: lower the learning rates")
+        raise FloatingPointError(f"{stage}: a loss is not finite: lower the learning rates")
     if report is not None:
         report(stage, gan, update, updates, value_d, value_g)
 
 
 def small_batches(x):
-    """Images x in batches of as many pixels as 128 images of 32 x 32, which fit a cache."""
+    """Images x in batches of at most as many pixels as 128 images of 32 x 32: the nets' outputs for
+    these fit a processor's cache."""
     pixels = x.shape[2] * x.shape[3]
     return x.split(max(1, 128 * 32 * 32 // pixels))
 
 
 # ------------------------------------------------------------------------------------------- stages
 def new_gan(x, width, settings):
-    """A GAN of a width for images like x. It seeds torch, so that the initial weights are those of
-    the seed."""
+    """A GAN of a width for images like x. It seeds torch first: all students of a seed begin with
+    the same weights."""
     torch.manual_seed(settings.seed)
-    return GAN(x.shape[3], x.shape[1], width, settings.z_dim).to(x.device)
+    _, channels, size, _ = x.shape
+    return GAN(size, channels, width, settings.z_dim).to(x.device)
 
 
 def train_gan(stage, gan, x, rate, updates, settings, report=None):
     """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone"."""
-    optimizer, schedule = new_optimizer([(gan, rate)], 0, updates)
+    optimizer, schedule = new_optimizer_and_schedule([(gan, rate)], 0, updates)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         images = x[indices]
         out = gan.g(images)
@@ -403,8 +409,9 @@ def train_gan(stage, gan, x, rate, updates, settings, report=None):
 
 def train_step1(student, teacher, x, settings, report=None):
     """Step 1: the student learns from the frozen teacher alone, in place."""
-    # What a frozen teacher makes of an image never changes: it is made once, without a graph. (The
-    # teacher costs hundreds of times as much as the student.)
+    # What a frozen teacher makes of an image never changes: it is made once, without a graph, and
+    # kept, which takes as much memory again as x. (The teacher costs hundreds of times as much as
+    # the student.)
     with torch.no_grad():
         outs = [teacher.g(batch) for batch in small_batches(x)]
     z_t = torch.cat([out.z for out in outs])
@@ -413,7 +420,8 @@ def train_step1(student, teacher, x, settings, report=None):
 
     updates = settings.step1_updates
     both_steps = settings.step1_updates + settings.step2_updates
-    optimizer, schedule = new_optimizer([(student, settings.lr_student)], 0, both_steps)
+    rates = [(student, settings.lr_student)]
+    optimizer, schedule = new_optimizer_and_schedule(rates, 0, both_steps)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         out_t = Generated(z_t[indices], x_hat_t[indices], z_hat_t[indices])
         out_s = student.g(x[indices])
@@ -423,26 +431,26 @@ def train_step1(student, teacher, x, settings, report=None):
 
 
 def train_step2(student, teacher, x, settings, report=None):
-    """Step 2: student and teacher train on together, in place. Distillation is the student's.
+    """Step 2: student and teacher train on together, in place. Distillation moves the student alone.
 
-    For a single step [paper], give it a new student and settings with step1_updates = 0,
-    step2_updates = 2160 and kd_residual = 0. Its forms: lr_step2_teacher = 0 freezes the teacher,
-    w_own = 0 leaves out the student's own losses."""
+    This is also each of the paper's four single steps, for a new student and settings with
+    step1_updates = 0, step2_updates = 2160 and kd_residual = 0: lr_step2_teacher = 0 freezes the
+    teacher, and w_own = 0 leaves out the student's own losses."""
     updates = settings.step2_updates
     both_steps = settings.step1_updates + settings.step2_updates
     rates = [(student, settings.lr_student), (teacher, settings.lr_step2_teacher)]
-    optimizer, schedule = new_optimizer(rates, settings.step1_updates, both_steps)
+    optimizer, schedule = new_optimizer_and_schedule(rates, settings.step1_updates, both_steps)
     batches = shuffled_batches(x, both_steps, settings)[settings.step1_updates :]  # after step 1's
     for update, indices in enumerate(batches, start=1):
         images = x[indices]
         out_t = teacher.g(images)
         out_s = student.g(images)
-        kd_d, kd_g = distillation_losses(student, out_t, out_s, settings)
+        distill_d, distill_g = distillation_losses(student, out_t, out_s, settings)
         residual = residual_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
         own_d, own_g = gan_losses(student, images, out_s, settings)
         teacher_d, teacher_g = gan_losses(teacher, images, out_t, settings)
-        loss_d = kd_d + settings.w_own * own_d + teacher_d
-        loss_g = kd_g + settings.kd_residual * residual + settings.w_own * own_g + teacher_g
+        loss_d = distill_d + settings.w_own * own_d + teacher_d
+        loss_g = distill_g + settings.kd_residual * residual + settings.w_own * own_g + teacher_g
         fit([student, teacher], loss_d, loss_g, optimizer, schedule)
         check_and_report("step2", student, update, updates, loss_d, loss_g, report)
 
@@ -450,7 +458,8 @@ def train_step2(student, teacher, x, settings, report=None):
 def train_stages(x, settings, report=None, teacher=None):
     """Train all stages on normal images x (N, C, size, size) in [-1, 1], size one of SIZES.
     report: see check_and_report(). teacher: a trained GAN; without one, the first stage trains it.
-    Returns the GAN that each stage leaves, by the stage's name, and "teacher_step2", step 2's."""
+    Returns a dict of GANs: "teacher", "student_alone", "step1" and "step2" (the student after each
+    of these), and "teacher_step2" (the teacher after step 2)."""
     if teacher is None:
         teacher = new_gan(x, settings.teacher_width, settings)
         rate, updates = settings.lr_teacher, settings.teacher_updates
@@ -515,7 +524,7 @@ VERSION = 9  # of the method and of the files: raised when earlier results becom
 STAGES = ["teacher", "student_alone", "step1", "step2"]
 ALPHAS = [0.01, 0.05, 0.1]  # the shares of false alarms in the table of kinds
 HOLDOUT_OF_A_FOLDER = 0.2
-FILES = ["nets.pt", "student.pt", "student.pt2", "samples.png", "result.json"]  # in order
+FILES = ["nets.pt", "student.pt", "student.pt2", "samples.png", "result.json"]  # result.json last
 DESCRIPTION = """Learn from images of one normal class, and score any image by how anomalous it is.
 
   python pkdgan.py --dataset mnist --normal 3

@@ -852,7 +852,7 @@ BAD_INPUT = [  # exit code, words of the message, flags
         [*FOLDER, "folder", "--normal", "good", "--holdout", "0.5"],
     ),
     (1, ["truncated/train/good/01.png"], [*FOLDER, "truncated", "--normal", "good"]),
-    (1, ["overflow", "learning rates"], ["--lr-teacher", "1e25"]),
+    (1, ["not finite", "learning rates"], ["--lr-teacher", "1e25"]),
     (1, ["a file", "--out"], ["--out", "a file/run"]),
     (1, ["/proc", "--out"], ["--out", "/proc/runs"]),
     (1, ["missing.pt", "No such file"], ["--score", "missing.pt", "folder"]),
