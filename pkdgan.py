@@ -1098,12 +1098,12 @@ def load_teacher(place, subfolders, description):
     description: that of the run which needs a teacher
     Raises OSError, and UsageError for a teacher of other images or another size.
     """
-    file = Path(place)
-    for folder in [file, *[file / name for name in subfolders]]:
-        if (folder / "nets.pt").exists():
-            file = folder / "nets.pt"
-    if file.is_dir():
-        raise OSError(f"no nets.pt in {file}, nor in {' or '.join(subfolders)} below it")
+    places = [Path(place), Path(place, "nets.pt")]
+    places += [Path(place, name, "nets.pt") for name in subfolders]
+    found = [path for path in places if path.is_file()]
+    if not found:
+        raise OSError(f"no nets.pt in {place}, nor in {' or '.join(subfolders)} below it")
+    file = found[0]
     nets, saved = load_nets(file)
     names = ["normal", "size", "teacher_width", "z_dim", "training_images"]
     needed = {name: flattened(description)[name] for name in names}
@@ -1136,8 +1136,9 @@ def run(options, settings):
     if options.teacher:
         teacher, earlier = load_teacher(options.teacher, [name, folder.name], description)
         teacher, stages = teacher.to(options.device), STAGES[1:]
-        same = {"teacher_updates": earlier.teacher_updates, "lr_teacher": earlier.lr_teacher}
-        settings = replace(settings, **same)
+        settings = replace(  # the result is to tell how its teacher was trained
+            settings, teacher_updates=earlier.teacher_updates, lr_teacher=earlier.lr_teacher
+        )
         description = describe(options, settings, task)
     claim_folder(folder, description)
 

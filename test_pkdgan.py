@@ -857,7 +857,7 @@ BAD_INPUT = [  # exit code, words of the message, flags
     (1, ["/proc", "--out"], ["--out", "/proc/runs"]),
     (1, ["missing.pt", "No such file"], ["--score", "missing.pt", "folder"]),
     (1, ["no nets.pt in folder"], ["--teacher", "folder"]),
-    (1, ["none", "No such file"], ["--teacher", "none"]),
+    (1, ["no nets.pt in none"], ["--teacher", "none"]),
     (1, ["no results", "folder"], ["--table", "folder"]),
     (1, ["no results"], ["--table", ""]),
 ]
