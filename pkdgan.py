@@ -103,9 +103,9 @@ class Settings:
 
 
 # What the run of each data set uses. A comment gives the ratio of FLOPs, teacher to student, and the
-# paper's. The students' rates, which differ, were chosen for each data set on a validation split of
-# the training images, with an earlier version of these nets; so were the length of step 2 and
-# kd_residual, with these. The batch size was chosen on test images, with a prototype.
+# paper's. The students' rates and w_con were chosen for each data set on a validation split of the
+# training images, with an earlier version of these nets; the length of step 2 and kd_residual there,
+# with these nets; the batch size on test images, with a prototype.
 EXPERIMENTS = {
     "digits": Settings(  # 230; small, to try the program
         student_width=1,
@@ -688,7 +688,8 @@ def load_task(options):
     unusable data."""
     x, kinds, classes = load_split(options, "train")
     x_test, test_kinds, _ = load_split(options, "test")
-    normal, source, where = options.normal, options.dataset, options.dataset
+    normal = options.normal
+    source = where = options.dataset
     if options.dataset == "folder":
         source = Path(options.data).resolve().name
         where = Path(options.data, "train").resolve()
