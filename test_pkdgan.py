@@ -49,11 +49,27 @@ NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 torch.set_num_threads(1)  # these nets are too small for more
 
-SMALL = pk.Settings(teacher_width=4, student_width=2, z_dim=10, batch=4)
-SMALL = replace(SMALL, teacher_updates=6, alone_updates=9, step1_updates=6, step2_updates=3)
-SMALL = replace(SMALL, lr_teacher=3e-3, lr_student=2e-3, lr_step2_teacher=5e-4)
-SMALL = replace(SMALL, w_adv=2.0, w_con=3.0, w_lat=5.0, w_own=0.7)
-SMALL = replace(SMALL, kd_inter=100.0, kd_latent=50.0, kd_adv=10.0, kd_residual=20.0)
+SMALL = pk.Settings(
+    teacher_width=4,
+    student_width=2,
+    z_dim=10,
+    teacher_updates=6,
+    alone_updates=9,
+    step1_updates=6,
+    step2_updates=3,
+    batch=4,
+    lr_teacher=3e-3,
+    lr_student=2e-3,
+    lr_step2_teacher=5e-4,
+    w_adv=2.0,
+    w_con=3.0,
+    w_lat=5.0,
+    w_own=0.7,
+    kd_inter=100.0,
+    kd_latent=50.0,
+    kd_adv=10.0,
+    kd_residual=20.0,
+)
 
 
 def tensor(*values):
@@ -100,7 +116,11 @@ SCENARIOS = {}
 def in_background(scenario):
     """A test that waits for other processes: it runs beside the others, and without torch here."""
     SCENARIOS[scenario.__name__] = scenario
-    return lambda background: background[scenario.__name__].result() and None
+
+    def test(background):
+        background[scenario.__name__].result()
+
+    return test
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -135,10 +155,11 @@ def test_loss_by_hand(loss, values, by_hand):
 
 def test_no_gradient_reaches_what_is_real_or_the_teachers():
     t, s = torch.ones(1, 2, requires_grad=True), torch.zeros(1, 2, requires_grad=True)
-    of_two = pk.adversarial_loss, pk.adversarial_distillation_loss
-    of_two += (pk.intermediate_distillation_loss,)
-    of_four = pk.latent_distillation_loss, pk.residual_distillation_loss
-    total = sum(loss(t, s) for loss in of_two) + sum(loss(t, s, t, 2 * s) for loss in of_four)
+    total = pk.adversarial_loss(t, s)
+    total += pk.intermediate_distillation_loss(t, s)
+    total += pk.latent_distillation_loss(t, s, t, 2 * s)
+    total += pk.adversarial_distillation_loss(t, s)
+    total += pk.residual_distillation_loss(t, s, t, 2 * s)
     total.backward()
     assert t.grad is None and s.grad is not None
     (teacher, student), x = teacher_and_student(), images()
