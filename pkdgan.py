@@ -18,7 +18,8 @@ learns to reconstruct first the image and then the image's code:
 
 On an anomaly the two codes disagree: the anomaly score is ||z - z_hat||_2 [paper]. A wide teacher
 (suffix _t) learns this by itself. A narrow student (suffix _s) learns it from the teacher, at first
-from the frozen teacher alone, then together with it [paper]. train_stages() runs all stages:
+from the frozen teacher alone, then together with it [paper]. train_stages() runs all stages
+(each L is a function below):
 
     stage            trains     its D minimises                 its G minimises
     teacher          teacher    L_D(x, x_hat_t)                 L_G
@@ -30,8 +31,8 @@ from the frozen teacher alone, then together with it [paper]. train_stages() run
 
     L_D(real, fake)                                                   D tells real from fake
     L_G  = w_adv L_adv + w_con L_con + w_lat L_lat                    a GAN's own losses
-    L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd    the distillation losses
-    L_residual = E[(r_t - r_s)^2], r = z - z_hat                      [ours] it pulls the student's r,
+    L_KD = kd_inter L_inter + kd_latent L_lat_kd + kd_adv L_adv_kd    the distillation losses
+    L_residual = E[(r_t - r_s)^2], r = z - z_hat                      [ours] pulls the student's r,
                                                                       whose length is its score, to
                                                                       the teacher's
 
@@ -40,9 +41,9 @@ its own losses in step 2 and all weights are [ours].
 
 The student alone is the baseline: the same net, from the same initial weights, trained by default
 for as many updates as both steps. Step 2 goes on with step 1's student (its G and its D) and with
-the trained teacher. L_adv_kd compares features of the student's D. The learning rates rise, then
-fall to zero: once for the teacher, once for the student alone, and once over both steps together.
-So step 2 begins at about a tenth of the peak rates. It has a new Adam.
+the trained teacher, but with a new Adam. L_adv_kd compares the features of x_hat_t and x_hat_s in
+the student's D. The learning rates rise, then fall to zero: once for the teacher, once for the
+student alone, and once over both steps together, so step 2 begins at about a tenth of the peak.
 
 The AUROCs of the four stages are those of the paper's score. For use, the program saves a Detector
 [ours]: step 2's student with a Mahalanobis score.
@@ -84,11 +85,11 @@ class Settings:
     step1_updates: int = setting(1800, "updates of step 1")
     step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
-    # the peak learning rates. Step 2 is the end of its schedule, where the rates have fallen to
-    # about a tenth of the peak: so the teacher's falls from 2e-5 there.
+    # the peak learning rates. Both steps share one schedule. Step 2 is its end, and begins at about
+    # a tenth of the peak: so the teacher's rate falls from 2e-5 there.
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
-    lr_step2_teacher: float = setting(2e-4, "peak rate of the teacher; step 2 begins at a tenth")
+    lr_step2_teacher: float = setting(2e-4, "peak rate of step 2's teacher; it begins at a tenth")
     # the weights of the losses
     w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
     w_con: float = setting(1.0, "weight of a GAN's contextual loss")
@@ -102,10 +103,10 @@ class Settings:
     seed: int = setting(0, "random seed of initial weights and of the images' order", high=2**32)
 
 
-# What the run of each data set uses. A comment gives the ratio of FLOPs, teacher to student, and the
+# What the run of each data set uses. Comments give the ratio of FLOPs, teacher to student, and the
 # paper's. The students' rates and w_con were chosen for each data set on a validation split of the
-# training images, with an earlier version of these nets; the length of step 2 and kd_residual there,
-# with these nets; the batch size on test images, with a prototype.
+# training images, with an earlier version of these nets; the length of step 2 and kd_residual on
+# that split, with these nets; the batch size on test images, with a prototype.
 EXPERIMENTS = {
     "digits": Settings(  # 230; small, to try the program
         student_width=1,
@@ -141,7 +142,7 @@ SIZES = [16, 32, 64, 128, 256, 512]  # heights of images, which are square
 
 
 def block_widths(size, width):
-    """The channels of each block. A block halves an image of size x size, down to 4 x 4, and doubles
+    """The channels of each block. Blocks halve an image of size x size, down to 4 x 4, and double
     the channels, up to 8 * width, as in DCGAN (Radford et al. 2016).
     By hand: block_widths(32, 64) = [64, 128, 256]"""
     if size not in SIZES:
@@ -200,8 +201,8 @@ class Generated(NamedTuple):
 
 class Generator(nn.Module):
     """Encoder-decoder-encoder x -> z -> x_hat -> z_hat [paper], as in GANomaly (Akcay et al. 2018).
-    Codes are scaled to one norm [ours]: else G could lower the latent loss by shrinking both. So
-    the score depends only on the angle between them."""
+    Codes are scaled to one norm [ours]: else G could lower L_lat by shrinking z and z_hat. So the
+    score depends only on the angle between z and z_hat."""
 
     def __init__(self, size, channels, width, z_dim):
         super().__init__()
@@ -267,7 +268,7 @@ def intermediate_distillation_loss(x_hat_t, x_hat_s):
 
 
 def latent_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
-    """L_latent = E[(z_t - z_s)^2] + E[(z_hat_t - z_hat_s)^2] [paper].
+    """L_lat_kd = E[(z_t - z_s)^2] + E[(z_hat_t - z_hat_s)^2] [paper].
     By hand: latent_distillation_loss([1.], [0.], [1.], [3.]) = 1 + 4 = 5"""
     return F.mse_loss(z_s, z_t.detach()) + F.mse_loss(z_hat_s, z_hat_t.detach())
 
@@ -288,8 +289,8 @@ def gan_losses(gan, x, out, settings):
     """A GAN's own losses (for its D, for its G) on images x, given out = gan.g(x). They are
     GANomaly's, with our weights [ours].
 
-    Each loss has a gradient for both nets, since x_hat is not detached. Take it for one net alone,
-    as fit() does."""
+    x_hat is not detached: loss_d has a gradient for G, too, and loss_g for D. Take that of loss_d
+    for D alone, and that of loss_g for G alone, as fit() does."""
     logit_x, f_x = gan.d(x)
     logit_x_hat, f_x_hat = gan.d(out.x_hat)
     # ---- D: minimise L_D; x is real, x_hat is fake
@@ -310,7 +311,7 @@ def distillation_losses(student, out_t, out_s, settings):
     # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (Adam ignores a
     # common factor: for D, kd_adv matters only in step 2, against w_own.)
     loss_d = settings.kd_adv * discriminator_loss(logit_t, logit_s)
-    # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_latent + kd_adv L_adv_kd
+    # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_lat_kd + kd_adv L_adv_kd
     inter = intermediate_distillation_loss(out_t.x_hat, out_s.x_hat)
     latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
     adv = adversarial_distillation_loss(f_t, f_s)
@@ -320,9 +321,9 @@ def distillation_losses(student, out_t, out_s, settings):
 
 # ----------------------------------------------------------------------------------------- training
 def shuffled_batches(x, updates, settings):
-    """The indices into x of each update's images: all of x in a random order, then in another, and
-    so on; a batch may span two. The seed fixes the orders. Every stage takes the batches from the
-    first on, but for step 2, which goes on after those of step 1."""
+    """For each update, the indices of its images in x: all of x in a random order, then in another,
+    and so on; a batch may span two orders. The seed fixes them. Each stage begins with the first
+    batch; only step 2 goes on where step 1 ended."""
     rng = torch.Generator().manual_seed(settings.seed)
     passes = 1 + (updates * settings.batch) // len(x)  # at least as many as are needed
     orders = [torch.randperm(len(x), generator=rng) for _ in range(passes)]
@@ -333,7 +334,7 @@ def rate_factor(update, updates):
     """The factor on the peak learning rate in an update, counted from 0: it rises linearly over the
     first 15 % of the updates, then falls to 0 as half a cosine [ours]. It is taken at the update's
     midpoint, so that the first is not 0."""
-    progress = (update + 0.5) / max(1, updates)  # a stage may have no updates
+    progress = (update + 0.5) / max(1, updates)  # the schedule asks even for a stage of no updates
     if progress < 0.15:
         return progress / 0.15
     return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
@@ -342,7 +343,7 @@ def rate_factor(update, updates):
 def new_optimizer_and_schedule(gans_and_rates, start, updates):
     """One Adam for all GANs of a stage, each with its own peak learning rate, and the schedule of
     these rates. updates: the length of the schedule; start: the update of it at which this stage
-    begins. The betas are DCGAN's; fused is only faster."""
+    begins. The betas are DCGAN's; fused changes only the speed."""
     groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in gans_and_rates]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -353,8 +354,8 @@ def new_optimizer_and_schedule(gans_and_rates, start, updates):
 
 def fit(gans, loss_d, loss_g, optimizer, schedule):
     """One update of GANs, in place. Their D's get the gradient of loss_d alone, their G's that of
-    loss_g alone. Both are taken before any weight changes. (So D(x_hat) is computed once. The usual
-    way, D first, with x_hat detached, and then G, computes it twice.)"""
+    loss_g alone. Both are taken before any weight changes. (So one D(x_hat) serves both losses. The
+    usual way, D first, with x_hat detached, and then G, computes it twice.)"""
     d_params = [p for gan in gans for p in gan.d.parameters()]
     g_params = [p for gan in gans for p in gan.g.parameters()]
     optimizer.zero_grad()
@@ -366,7 +367,7 @@ def fit(gans, loss_d, loss_g, optimizer, schedule):
 
 def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
     """After each tenth of a stage's updates, check that the losses are finite, and call
-    report(stage, gan, update, updates, loss_d, loss_g) if there is a report. Not more often: .item()
+    report(stage, gan, update, updates, loss_d, loss_g) if there is a report. Not oftener: .item()
     waits for a GPU. The losses are the weighted sums that fit() gets: in step 2 they contain the
     teacher's. Raises FloatingPointError for a loss that is not finite."""
     tenths = (10 * update) // updates
@@ -381,8 +382,8 @@ def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
 
 
 def small_batches(x):
-    """Images x in batches of at most as many pixels as 128 images of 32 x 32: the nets' outputs for
-    these fit a processor's cache."""
+    """Images x in batches of one image, or of at most 128 * 32 * 32 pixels: what the nets make of
+    such a batch is meant to fit a processor's cache."""
     pixels = x.shape[2] * x.shape[3]
     return x.split(max(1, 128 * 32 * 32 // pixels))
 
@@ -398,7 +399,7 @@ def new_gan(x, width, settings):
 
 def train_gan(stage, gan, x, rate, updates, settings, report=None):
     """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone"."""
-    optimizer, schedule = new_optimizer_and_schedule([(gan, rate)], 0, updates)
+    optimizer, schedule = new_optimizer_and_schedule([(gan, rate)], start=0, updates=updates)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         images = x[indices]
         out = gan.g(images)
@@ -410,8 +411,8 @@ def train_gan(stage, gan, x, rate, updates, settings, report=None):
 def train_step1(student, teacher, x, settings, report=None):
     """Step 1: the student learns from the frozen teacher alone, in place."""
     # What a frozen teacher makes of an image never changes: it is made once, without a graph, and
-    # kept, which takes as much memory again as x. (The teacher costs hundreds of times as much as
-    # the student.)
+    # kept, which takes the memory of x and of its codes. (The teacher costs tens to hundreds of
+    # times as much as the student.)
     with torch.no_grad():
         outs = [teacher.g(batch) for batch in small_batches(x)]
     z_t = torch.cat([out.z for out in outs])
@@ -420,8 +421,8 @@ def train_step1(student, teacher, x, settings, report=None):
 
     updates = settings.step1_updates
     both_steps = settings.step1_updates + settings.step2_updates
-    rates = [(student, settings.lr_student)]
-    optimizer, schedule = new_optimizer_and_schedule(rates, 0, both_steps)
+    gans_and_rates = [(student, settings.lr_student)]
+    optimizer, schedule = new_optimizer_and_schedule(gans_and_rates, start=0, updates=both_steps)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         out_t = Generated(z_t[indices], x_hat_t[indices], z_hat_t[indices])
         out_s = student.g(x[indices])
@@ -431,26 +432,29 @@ def train_step1(student, teacher, x, settings, report=None):
 
 
 def train_step2(student, teacher, x, settings, report=None):
-    """Step 2: student and teacher train on together, in place. Distillation moves the student alone.
+    """Step 2: student and teacher train on together, in place. Distillation moves the student only.
 
-    This is also each of the paper's four single steps, for a new student and settings with
-    step1_updates = 0, step2_updates = 2160 and kd_residual = 0: lr_step2_teacher = 0 freezes the
-    teacher, and w_own = 0 leaves out the student's own losses."""
+    The paper compares with four ways to distil in a single step: with a frozen or a moving teacher,
+    with or without the student's own losses. For these, take a new student and step1_updates = 0,
+    step2_updates = 2160, kd_residual = 0; lr_step2_teacher = 0 freezes the teacher, and w_own = 0
+    leaves out the student's own losses."""
     updates = settings.step2_updates
     both_steps = settings.step1_updates + settings.step2_updates
-    rates = [(student, settings.lr_student), (teacher, settings.lr_step2_teacher)]
-    optimizer, schedule = new_optimizer_and_schedule(rates, settings.step1_updates, both_steps)
-    batches = shuffled_batches(x, both_steps, settings)[settings.step1_updates :]  # after step 1's
+    start = settings.step1_updates
+    gans_and_rates = [(student, settings.lr_student), (teacher, settings.lr_step2_teacher)]
+    optimizer, schedule = new_optimizer_and_schedule(gans_and_rates, start, updates=both_steps)
+    batches = shuffled_batches(x, both_steps, settings)[start:]  # after step 1's
     for update, indices in enumerate(batches, start=1):
         images = x[indices]
         out_t = teacher.g(images)
         out_s = student.g(images)
-        distill_d, distill_g = distillation_losses(student, out_t, out_s, settings)
+        distill_loss_d, distill_loss_g = distillation_losses(student, out_t, out_s, settings)
         residual = residual_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
-        own_d, own_g = gan_losses(student, images, out_s, settings)
-        teacher_d, teacher_g = gan_losses(teacher, images, out_t, settings)
-        loss_d = distill_d + settings.w_own * own_d + teacher_d
-        loss_g = distill_g + settings.kd_residual * residual + settings.w_own * own_g + teacher_g
+        own_loss_d, own_loss_g = gan_losses(student, images, out_s, settings)
+        teacher_loss_d, teacher_loss_g = gan_losses(teacher, images, out_t, settings)
+        loss_d = distill_loss_d + settings.w_own * own_loss_d + teacher_loss_d
+        loss_g = distill_loss_g + settings.kd_residual * residual
+        loss_g = loss_g + settings.w_own * own_loss_g + teacher_loss_g
         fit([student, teacher], loss_d, loss_g, optimizer, schedule)
         check_and_report("step2", student, update, updates, loss_d, loss_g, report)
 
@@ -571,10 +575,9 @@ IMAGE_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if 
 
 
 def image_files(folder, inside=()):
-    """The images in a folder and in its subfolders, sorted. A file is an image if its name ends as
-    those that Pillow reads. What is hidden (.x, or @x of a NAS) and other files are left out, and
-    counted on stderr, but for .x. Links are followed, but not back into one of the folders around
-    (inside), which would have no end."""
+    """A folder's images and its subfolders', sorted: files whose names end as those that Pillow
+    reads. Left out are .x, and, counted on stderr, @x (hidden on a NAS) and other files. Links are
+    followed, but not into a folder that is being walked (inside), which would have no end."""
     real = os.path.realpath(folder)
     if real in inside:
         return []
@@ -613,8 +616,10 @@ def read_image(path, size):
 def load_folder(root, size):
     """The images in root/CLASS/, as MVTec AD has them: uint8 (N, 3, size, size), the class of each.
     Raises OSError."""
-    images, kinds = [torch.empty(0, 3, size, size, dtype=torch.uint8)], []
-    for file in image_files(root) if root.is_dir() else []:
+    images = [torch.empty(0, 3, size, size, dtype=torch.uint8)]  # torch.cat() wants at least one
+    kinds = []
+    files = image_files(root) if root.is_dir() else []
+    for file in files:
         if file.parent == root:
             raise OSError(f"{file} is in no class: move it into a folder {root}/CLASS")
         images.append(read_image(file, size)[None])
@@ -796,8 +801,8 @@ def too_few_message(alpha, held_out):
 
 
 def false_alarms(rank, held_out):
-    """The range, nine times in ten, of the percentage of new normal images that score above the
-    rank-th highest of the held-out scores: their share is distributed as
+    """The 5 % and 95 % quantiles, found by sampling, of the percentage of new normal images that
+    score above the rank-th highest of the held-out scores: their share is distributed as
     Beta(rank, held_out + 1 - rank)."""
     shares = torch.distributions.Beta(float(rank), held_out + 1.0 - rank).sample((100_000,))
     return (100 * shares.quantile(torch.tensor([0.05, 0.95]))).tolist()
@@ -816,7 +821,7 @@ class Progress:
     """Prints a line at each tenth of a stage, and keeps the same numbers in curve."""
 
     def __init__(self, task, stages):
-        every = math.ceil(len(task.x_test) / 1000) or 1  # spread over the test images
+        every = max(1, math.ceil(len(task.x_test) / 1000))  # spread over the test images
         self.x_test, self.y_test = task.x_test[::every], task.y_test[::every]
         self.stages, self.curve = stages, []
         self.began = monotonic()
@@ -1026,8 +1031,8 @@ def claim_folder(folder, description):
 
 
 def save(folder, nets, scores, detector, task, description, result):
-    """Write the files of a run. Each appears whole; result.json, the mark of a whole run, is the
-    first to go and the last to come. Raises OSError."""
+    """Write the files of a run. Each appears whole. result.json marks a whole run: the old one is
+    deleted first, and the new one moved in last. Raises OSError."""
     files = {name: io.BytesIO() for name in FILES}
     weights = {}
     for name, gan in nets.items():
@@ -1077,7 +1082,7 @@ def load_nets(path):
     settings = Settings(**saved["settings"])
     nets = {}
     for name, weights in saved.pop("nets").items():
-        width = settings.teacher_width if "teacher" in name else settings.student_width
+        width = settings.teacher_width if name.startswith("teacher") else settings.student_width
         nets[name] = GAN(saved["size"], saved["channels"], width, settings.z_dim)
         nets[name].load_state_dict(weights)
     return nets, saved
@@ -1286,8 +1291,8 @@ def values_from(args, values, parser):
 
 
 def parse(argv):
-    """What a command line says: its arguments, and the Options and Settings of a run. Flags that it
-    does not have keep the values of its data set, which --help shows. Bad usage exits with 2."""
+    """What a command line says: its arguments, and the Options and Settings of a run. Flags that
+    are not given keep the values of the data set, which --help shows. Bad usage exits with 2."""
     dataset_parser = Parser(add_help=False, allow_abbrev=False)
     dataset_parser.add_argument("--dataset", choices=EXPERIMENTS, default="digits")
     dataset = dataset_parser.parse_known_args(argv)[0].dataset

@@ -10,7 +10,7 @@ program=$(dirname "$0")/pkdgan.py
 flags=$*
 out=${OUT:-runs}
 if [ -n "$flags" ]; then
-  out=$out/${flags//\//_} # such as "runs/--batch 16": results of other settings never mix
+  out=$out/${flags//\//_} # such as "runs/--batch 16": other settings never mix; a / becomes _
 fi
 mkdir -p "$out" || exit 1
 
@@ -53,4 +53,5 @@ failed=0
 for run in $runs; do
   wait "$run" || failed=1
 done
-python "$program" --table "$out" && exit "$failed"
+python "$program" --table "$out" || failed=1
+exit "$failed"
