@@ -11,15 +11,14 @@ One-class Novelty Detection", IJCAI 2020 (arXiv 2007.06963). We did not have its
 that its abstract, its follow-up's (arXiv 2109.07295), Papers with Code or a second-hand summary
 says so; [ours] means that we decided it. What comes from elsewhere is cited.
 
-A GAN has a generator G and a discriminator D. It sees images x of one normal class only, and G
-learns to reconstruct first the image and then the image's code:
+A GAN has a generator G and a discriminator D. It sees images x of one normal class only. G
+learns to rebuild the image, and from the rebuilt image its code:
 
     x --encode--> z --decode--> x_hat --encode_again--> z_hat
 
 On an anomaly the two codes disagree: the anomaly score is ||z - z_hat||_2 [paper]. A wide teacher
 (suffix _t) learns this by itself. A narrow student (suffix _s) learns it from the teacher, at first
-from the frozen teacher alone, then together with it [paper]. train_stages() runs all stages
-(each L is a function below):
+from the frozen teacher alone, then together with it [paper]. train_stages() runs all stages:
 
     stage            trains     its D minimises                 its G minimises
     teacher          teacher    L_D(x, x_hat_t)                 L_G
@@ -31,19 +30,23 @@ from the frozen teacher alone, then together with it [paper]. train_stages() run
 
     L_D(real, fake)                                                   D tells real from fake
     L_G  = w_adv L_adv + w_con L_con + w_lat L_lat                    a GAN's own losses
-    L_KD = kd_inter L_inter + kd_latent L_lat_kd + kd_adv L_adv_kd    the distillation losses
-    L_residual = E[(r_t - r_s)^2], r = z - z_hat                      [ours] pulls the student's r,
-                                                                      whose length is its score, to
-                                                                      the teacher's
+    L_KD = kd_inter L_inter + kd_latent L_lat_kd + kd_adv L_adv_kd    the losses of both steps
+    L_residual = E[(r_t - r_s)^2], r = z - z_hat                      [ours] in step 2 only: pulls
+                                                                      the student's r, whose length
+                                                                      is its score, to the teacher's
+
+Each loss is a function below. L_G is the sum in gan_losses(), L_KD that in distillation_losses().
+L_adv_kd compares the features of x_hat_t and x_hat_s in the student's D.
 
 The stages and who trains in each are [paper]. What the student's D tells apart in the two steps,
 its own losses in step 2 and all weights are [ours].
 
 The student alone is the baseline: the same net, from the same initial weights, trained by default
 for as many updates as both steps. Step 2 goes on with step 1's student (its G and its D) and with
-the trained teacher, but with a new Adam. L_adv_kd compares the features of x_hat_t and x_hat_s in
-the student's D. The learning rates rise, then fall to zero: once for the teacher, once for the
-student alone, and once over both steps together, so step 2 begins at about a tenth of the peak.
+the trained teacher, but with a new Adam.
+
+The learning rates rise, then fall to zero: once for the teacher, once for the student alone, and
+once over both steps together, so that step 2 begins at about a tenth of the peak.
 
 The AUROCs of the four stages are those of the paper's score. For use, the program saves a Detector
 [ours]: step 2's student with a Mahalanobis score.
@@ -85,11 +88,11 @@ class Settings:
     step1_updates: int = setting(1800, "updates of step 1")
     step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
-    # the peak learning rates. Both steps share one schedule. Step 2 is its end, and begins at about
-    # a tenth of the peak: so the teacher's rate falls from 2e-5 there.
+    # the peak learning rates. Both steps share one schedule, whose peak lies in step 1. Step 2 is
+    # its end and begins at about a tenth of it: so there the teacher's rate falls from 2e-5.
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
-    lr_step2_teacher: float = setting(2e-4, "peak rate of step 2's teacher; it begins at a tenth")
+    lr_step2_teacher: float = setting(2e-4, "rate of step 2's teacher at the peak, in step 1")
     # the weights of the losses
     w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
     w_con: float = setting(1.0, "weight of a GAN's contextual loss")
@@ -104,9 +107,10 @@ class Settings:
 
 
 # What the run of each data set uses. Comments give the ratio of FLOPs, teacher to student, and the
-# paper's. The students' rates and w_con were chosen for each data set on a validation split of the
-# training images, with an earlier version of these nets; the length of step 2 and kd_residual on
-# that split, with these nets; the batch size on test images, with a prototype.
+# paper's. How these values were chosen:
+#   lr_student, w_con             on a validation split of the training images, with earlier nets
+#   step2_updates, kd_residual    on that split, with these nets
+#   batch                         on test images, with a prototype
 EXPERIMENTS = {
     "digits": Settings(  # 230; small, to try the program
         student_width=1,
@@ -289,8 +293,8 @@ def gan_losses(gan, x, out, settings):
     """A GAN's own losses (for its D, for its G) on images x, given out = gan.g(x). They are
     GANomaly's, with our weights [ours].
 
-    x_hat is not detached: loss_d has a gradient for G, too, and loss_g for D. Take that of loss_d
-    for D alone, and that of loss_g for G alone, as fit() does."""
+    x_hat is not detached: loss_d has a gradient for G, too, and loss_g has one for D. Use that of
+    loss_d for D alone, and that of loss_g for G alone, as fit() does."""
     logit_x, f_x = gan.d(x)
     logit_x_hat, f_x_hat = gan.d(out.x_hat)
     # ---- D: minimise L_D; x is real, x_hat is fake
@@ -305,7 +309,8 @@ def gan_losses(gan, x, out, settings):
 
 def distillation_losses(student, out_t, out_s, settings):
     """The distillation losses (for the student's D, for its G), given what the generators of
-    teacher and student made of the same images. Take their gradients as those of gan_losses()."""
+    teacher and student made of the same images. As with gan_losses(), use the gradient of loss_d for
+    D alone, and that of loss_g for G alone."""
     logit_t, f_t = student.d(out_t.x_hat.detach())
     logit_s, f_s = student.d(out_s.x_hat)  # not detached: f_s is for G
     # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (Adam ignores a
@@ -334,20 +339,20 @@ def rate_factor(update, updates):
     """The factor on the peak learning rate in an update, counted from 0: it rises linearly over the
     first 15 % of the updates, then falls to 0 as half a cosine [ours]. It is taken at the update's
     midpoint, so that the first is not 0."""
-    progress = (update + 0.5) / max(1, updates)  # the schedule asks even for a stage of no updates
+    progress = (update + 0.5) / max(1, updates)  # LambdaLR asks at once, even if updates is 0
     if progress < 0.15:
         return progress / 0.15
     return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
 
 
-def new_optimizer_and_schedule(gans_and_rates, start, updates):
+def new_optimizer_and_schedule(gans_and_rates, start, length):
     """One Adam for all GANs of a stage, each with its own peak learning rate, and the schedule of
-    these rates. updates: the length of the schedule; start: the update of it at which this stage
+    these rates. length: the updates of the whole schedule; start: the one at which this stage
     begins. The betas are DCGAN's; fused changes only the speed."""
     groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in gans_and_rates]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda update: rate_factor(start + update, updates)
+        optimizer, lambda update: rate_factor(start + update, length)
     )
     return optimizer, schedule
 
@@ -382,8 +387,8 @@ def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
 
 
 def small_batches(x):
-    """Images x in batches of one image, or of at most 128 * 32 * 32 pixels: what the nets make of
-    such a batch is meant to fit a processor's cache."""
+    """Images x in batches of at most 128 * 32 * 32 pixels (but at least one image): so small that
+    what the nets make of a batch fits a processor's cache."""
     pixels = x.shape[2] * x.shape[3]
     return x.split(max(1, 128 * 32 * 32 // pixels))
 
@@ -399,7 +404,7 @@ def new_gan(x, width, settings):
 
 def train_gan(stage, gan, x, rate, updates, settings, report=None):
     """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone"."""
-    optimizer, schedule = new_optimizer_and_schedule([(gan, rate)], start=0, updates=updates)
+    optimizer, schedule = new_optimizer_and_schedule([(gan, rate)], start=0, length=updates)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         images = x[indices]
         out = gan.g(images)
@@ -422,7 +427,7 @@ def train_step1(student, teacher, x, settings, report=None):
     updates = settings.step1_updates
     both_steps = settings.step1_updates + settings.step2_updates
     gans_and_rates = [(student, settings.lr_student)]
-    optimizer, schedule = new_optimizer_and_schedule(gans_and_rates, start=0, updates=both_steps)
+    optimizer, schedule = new_optimizer_and_schedule(gans_and_rates, start=0, length=both_steps)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         out_t = Generated(z_t[indices], x_hat_t[indices], z_hat_t[indices])
         out_s = student.g(x[indices])
@@ -436,13 +441,13 @@ def train_step2(student, teacher, x, settings, report=None):
 
     The paper compares with four ways to distil in a single step: with a frozen or a moving teacher,
     with or without the student's own losses. For these, take a new student and step1_updates = 0,
-    step2_updates = 2160, kd_residual = 0; lr_step2_teacher = 0 freezes the teacher, and w_own = 0
-    leaves out the student's own losses."""
+    step2_updates = alone_updates, kd_residual = 0; lr_step2_teacher = 0 freezes the teacher, and
+    w_own = 0 leaves out the student's own losses."""
     updates = settings.step2_updates
     both_steps = settings.step1_updates + settings.step2_updates
     start = settings.step1_updates
     gans_and_rates = [(student, settings.lr_student), (teacher, settings.lr_step2_teacher)]
-    optimizer, schedule = new_optimizer_and_schedule(gans_and_rates, start, updates=both_steps)
+    optimizer, schedule = new_optimizer_and_schedule(gans_and_rates, start, length=both_steps)
     batches = shuffled_batches(x, both_steps, settings)[start:]  # after step 1's
     for update, indices in enumerate(batches, start=1):
         images = x[indices]
@@ -452,9 +457,12 @@ def train_step2(student, teacher, x, settings, report=None):
         residual = residual_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
         own_loss_d, own_loss_g = gan_losses(student, images, out_s, settings)
         teacher_loss_d, teacher_loss_g = gan_losses(teacher, images, out_t, settings)
-        loss_d = distill_loss_d + settings.w_own * own_loss_d + teacher_loss_d
-        loss_g = distill_loss_g + settings.kd_residual * residual
-        loss_g = loss_g + settings.w_own * own_loss_g + teacher_loss_g
+        student_loss_d = distill_loss_d + settings.w_own * own_loss_d
+        student_loss_g = distill_loss_g + settings.kd_residual * residual
+        student_loss_g = student_loss_g + settings.w_own * own_loss_g
+        # One sum is enough for both nets: no loss of one has a gradient for the other.
+        loss_d = student_loss_d + teacher_loss_d
+        loss_g = student_loss_g + teacher_loss_g
         fit([student, teacher], loss_d, loss_g, optimizer, schedule)
         check_and_report("step2", student, update, updates, loss_d, loss_g, report)
 
@@ -545,7 +553,7 @@ class Options:
     """What a run needs to know besides its Settings: its images, and where its files go."""
 
     dataset: str = setting("digits", "digits, mnist, fmnist, cifar10, or folder: your own images")
-    normal: str = setting("8", "the normal class: its name or, but for a folder, its number")
+    normal: str = setting("8", "the normal class: its name, or its number (not of a folder)")
     data: str = setting("data", "where data sets are or go to; folder: what has train/ and test/")
     size: int = setting(32, "images become size x size: 16, 32, 64, 128, 256 or 512")
     holdout: float = setting(0.0, "share of normal training images, the last, held out", high=1)
@@ -576,8 +584,9 @@ IMAGE_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if 
 
 def image_files(folder, inside=()):
     """A folder's images and its subfolders', sorted: files whose names end as those that Pillow
-    reads. Left out are .x, and, counted on stderr, @x (hidden on a NAS) and other files. Links are
-    followed, but not into a folder that is being walked (inside), which would have no end."""
+    reads. Names that begin with "." are skipped; names that begin with "@" (hidden on a NAS) and
+    other files are skipped and counted on stderr. Links are followed, but not into a folder that is
+    being walked (inside): that would have no end."""
     real = os.path.realpath(folder)
     if real in inside:
         return []
@@ -853,7 +862,8 @@ def pca_auroc(task):
 
 
 def cost(gan, x):
-    """The number of a GAN's parameters, G's and D's, and of its operations (FLOPs) on one image."""
+    """The number of a GAN's parameters, and the FLOPs of its convolutions and linear layers on one
+    image; G's and D's together."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         gan.d(gan.g(x[:1]).x_hat)
     return sum(weight.numel() for weight in gan.parameters()), counter.get_total_flops()
@@ -960,18 +970,18 @@ def draw_samples(nets, task):
         rows = torch.stack([x, nets["teacher"].g(x).x_hat, student.g(x).x_hat], dim=1)
     side = max(96, task.x.shape[3])  # of an image in the picture
     step, margin = side + 4, 95  # at the left, for the names of the rows
-    picture = Image.new("RGB", (margin + len(x) * step + 12, 3 * step + 48), "white")
+    picture = Image.new("RGB", (margin + len(x) * step + 12, 3 * step + 58), "white")
     draw = ImageDraw.Draw(picture)
     for row, name in enumerate(["image", "teacher", "student"]):
-        draw.text((4, row * step + side // 2 - 10), name, fill="black", font_size=18)
-    draw.text((4, 3 * step), "class\n|z-z_hat|", fill="black", font_size=18)
+        draw.text((4, row * step + side // 2 - 13), name, fill="black", font_size=22)
+    draw.text((4, 3 * step), "class\n|z-z_hat|", fill="black", font_size=22)
     for column, images in enumerate(rows.cpu()):
         left = margin + column * step + (12 if kinds[column] != task.normal else 0)
         for row, image in enumerate(images):
             tile = to_pil_image(image / 2 + 0.5).resize((side, side), Image.NEAREST)
             picture.paste(tile, (left, row * step))
-        label = f"{kinds[column][:10]}\n{scores[column]:.2f}"
-        draw.text((left + 4, 3 * step), label, fill="black", font_size=18)
+        label = f"{kinds[column][:9]}\n{scores[column]:.2f}"
+        draw.text((left + 4, 3 * step), label, fill="black", font_size=22)
     return picture
 
 
@@ -1142,7 +1152,7 @@ def run(options, settings):
     if options.teacher:
         teacher, earlier = load_teacher(options.teacher, [name, folder.name], description)
         teacher, stages = teacher.to(options.device), STAGES[1:]
-        settings = replace(  # the result is to tell how its teacher was trained
+        settings = replace(  # the result is to tell how long and at what rate its teacher trained
             settings, teacher_updates=earlier.teacher_updates, lr_teacher=earlier.lr_teacher
         )
         description = describe(options, settings, task)

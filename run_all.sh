@@ -8,6 +8,14 @@ set -m # each run is a process group of its own, which stop() can kill
 
 program=$(dirname "$0")/pkdgan.py
 flags=$*
+for flag in "$@"; do
+  case ${flag%%=*} in # --seed=3 is --seed
+    --dataset | --normal | --seed | --out)
+      echo "run_all.sh: set DATASETS, NORMALS, SEEDS or OUT instead of $flag" >&2
+      exit 2
+      ;;
+  esac
+done
 out=${OUT:-runs}
 if [ -n "$flags" ]; then
   out=$out/${flags//\//_} # such as "runs/--batch 16": other settings never mix; a / becomes _

@@ -1077,7 +1077,7 @@ def test_samples_show_normal_images_left_and_anomalies_right(digits_run, folder_
     _, _, folder, task = digits_run
     nets, _ = pk.load_nets(folder / "nets.pt")
     picture = Image.open(folder / "samples.png")
-    assert picture.size == (95 + 8 * 100 + 12, 3 * 100 + 48)
+    assert picture.size == (95 + 8 * 100 + 12, 3 * 100 + 58)
     x = task.x_test[[task.y_test.index(False), task.y_test.index(True)]]
     for column, image in ((0, x[0]), (4, x[1])):
         left = 95 + column * 100 + (12 if column else 0)
@@ -1086,9 +1086,9 @@ def test_samples_show_normal_images_left_and_anomalies_right(digits_run, folder_
             tile = TF.pil_to_tensor(picture.crop((left, row * 100, left + 96, row * 100 + 96)))
             expected = TF.resize(shown / 2 + 0.5, [96, 96], TF.InterpolationMode.NEAREST)
             assert torch.allclose(tile / 255, expected, atol=0.01)
-        below = picture.crop((left, 300, left + 96, 348))
+        below = picture.crop((left, 300, left + 96, 358))
         assert below.getextrema()[0][0] < 100  # there is text
-    assert Image.open(folder_run[2] / "samples.png").size == (95 + 4 * 100 + 12, 348)
+    assert Image.open(folder_run[2] / "samples.png").size == (95 + 4 * 100 + 12, 358)
 
 
 @pytest.mark.parametrize("earlier", [{}, dict.fromkeys(pk.FILES[:-1], "earlier")])
@@ -1505,6 +1505,14 @@ def test_run_all_with_flags_has_a_folder_of_its_own(tmp_path):
     assert runs_of(tmp_path) == [("digits", "0", "1", f"{out}/digits-1-seed0")]
     assert calls(tmp_path)[0][1:5] == ["--data", "a b/c", "--w-own", "0"]
     assert calls(tmp_path, "--table")[0][1:] == ["--table", out]
+
+
+@pytest.mark.parametrize("flags", [["--seed", "5"], ["--w-own", "0", "--dataset=mnist"]])
+def test_run_all_refuses_flags_that_its_loops_set(flags, tmp_path):
+    """It would train on something else than the folder's name says."""
+    done = run_all(tmp_path, *flags)
+    assert (done.returncode, done.stdout, calls(tmp_path)) == (2, "", [])
+    assert done.stderr.startswith("run_all.sh: set DATASETS, NORMALS, SEEDS or OUT instead of --")
 
 
 def test_run_all_two_at_a_time_names_what_failed(tmp_path):
