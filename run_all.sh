@@ -21,8 +21,10 @@ if [ -n "$flags" ]; then
   out=$out/${flags//\//_} # such as "runs/--batch 16": other settings never mix; a / becomes _
 fi
 mkdir -p "$out" || exit 1
+failures=$(mktemp) || exit 1 # a line for each run that fails
 
 stop() { # end the runs that are going on, and this script
+  rm -f "$failures"
   for run in $(jobs -rp); do
     kill -- "-$run" 2>/dev/null
   done
@@ -34,12 +36,10 @@ train() { # FOLDER FLAGS...: one run, whose output goes into FOLDER.log
   if python "$program" "${@:2}" --out "$1" >"$1.log" 2>&1; then
     echo "$1"
   else
-    echo "failed: see $1.log" >&2
-    return 1
+    echo "failed: see $1.log" | tee -a "$failures" >&2
   fi
 }
 
-runs=""
 for dataset in ${DATASETS:-mnist fmnist cifar10}; do
   for seed in ${SEEDS:-0}; do
     for normal in ${NORMALS:-0 1 2 3 4 5 6 7 8 9}; do
@@ -52,14 +52,15 @@ for dataset in ${DATASETS:-mnist fmnist cifar10}; do
         wait $! # a sleep in the foreground would get Ctrl-C instead of this script
       done
       train "$folder" "$@" --dataset "$dataset" --normal "$normal" --seed "$seed" &
-      runs="$runs $!"
     done
   done
 done
 
+wait # for the last runs; "wait NUMBER" fails if a run ended so long ago that its number was reused
 failed=0
-for run in $runs; do
-  wait "$run" || failed=1
-done
+if [ -s "$failures" ]; then
+  failed=1
+fi
+rm -f "$failures"
 python "$program" --table "$out" || failed=1
 exit "$failed"
