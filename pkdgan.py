@@ -974,7 +974,7 @@ def draw_samples(nets, task):
     draw = ImageDraw.Draw(picture)
     for row, name in enumerate(["image", "teacher", "student"]):
         draw.text((4, row * step + side // 2 - 13), name, fill="black", font_size=22)
-    draw.text((4, 3 * step), "class\n|z-z_hat|", fill="black", font_size=22)
+    draw.text((4, 3 * step), "class\nscore", fill="black", font_size=22)
     for column, images in enumerate(rows.cpu()):
         left = margin + column * step + (12 if kinds[column] != task.normal else 0)
         for row, image in enumerate(images):
