@@ -92,7 +92,7 @@ class Settings:
     # its end and begins at about a tenth of it: so there the teacher's rate falls from 2e-5.
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
-    lr_step2_teacher: float = setting(2e-4, "rate of step 2's teacher at the peak, in step 1")
+    lr_step2_teacher: float = setting(2e-4, "peak rate of step 2's teacher; a tenth is used")
     # the weights of the losses
     w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
     w_con: float = setting(1.0, "weight of a GAN's contextual loss")
@@ -309,8 +309,8 @@ def gan_losses(gan, x, out, settings):
 
 def distillation_losses(student, out_t, out_s, settings):
     """The distillation losses (for the student's D, for its G), given what the generators of
-    teacher and student made of the same images. As with gan_losses(), use the gradient of loss_d for
-    D alone, and that of loss_g for G alone."""
+    teacher and student made of the same images. As with gan_losses(), use the gradient of loss_d
+    for D alone, and that of loss_g for G alone."""
     logit_t, f_t = student.d(out_t.x_hat.detach())
     logit_s, f_s = student.d(out_s.x_hat)  # not detached: f_s is for G
     # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (Adam ignores a
@@ -359,8 +359,8 @@ def new_optimizer_and_schedule(gans_and_rates, start, length):
 
 def fit(gans, loss_d, loss_g, optimizer, schedule):
     """One update of GANs, in place. Their D's get the gradient of loss_d alone, their G's that of
-    loss_g alone. Both are taken before any weight changes. (So one D(x_hat) serves both losses. The
-    usual way, D first, with x_hat detached, and then G, computes it twice.)"""
+    loss_g alone. Both are taken before any weight changes. (So one D(x_hat) serves a GAN's both
+    losses. The usual way, D first, with x_hat detached, and then G, computes it twice.)"""
     d_params = [p for gan in gans for p in gan.d.parameters()]
     g_params = [p for gan in gans for p in gan.g.parameters()]
     optimizer.zero_grad()
@@ -987,7 +987,8 @@ def draw_samples(nets, task):
 
 # -------------------------------------------------------------------------------------------- files
 def describe(options, settings, task):
-    """What a run is: runs of one description have one result, on one machine."""
+    """What a run is. Runs of one description have one result, on one device of one machine, as long
+    as the file that --teacher names is the same."""
     return {
         "version": VERSION,
         "dataset": options.dataset,
@@ -1206,8 +1207,8 @@ def score_images(student, paths, alpha):
 
 
 def table_title(result):
-    """The title of a run's table: its data, and the settings that are not the data set's own. Runs
-    of one title differ in class and seed alone."""
+    """The title of a run's table: its data, by name, and the settings that are not the data set's
+    own. But for device and alpha, runs of one title differ in class and seed alone."""
     values, defaults = flattened(result), asdict(EXPERIMENTS[result["dataset"]])
     defaults |= {"version": VERSION, "size": 32, "holdout": 0.0, "teacher": ""}
     if result["dataset"] == "folder":

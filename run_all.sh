@@ -18,7 +18,7 @@ for flag in "$@"; do
 done
 out=${OUT:-runs}
 if [ -n "$flags" ]; then
-  out=$out/${flags//\//_} # such as "runs/--batch 16": other settings never mix; a / becomes _
+  out=$out/${flags//\//_} # such as "runs/--batch 16", so that settings do not mix; a / becomes _
 fi
 mkdir -p "$out" || exit 1
 failures=$(mktemp) || exit 1 # a line for each run that fails
