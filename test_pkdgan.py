@@ -1305,9 +1305,7 @@ def test_on_a_device_torch_and_pillow_give_the_programs_scores(folder_run, monke
     """By README.md's Python that loads a student.pt2: called with images, beside that file, it
     prints path, score and p-value, to the digit, and refuses 16 bits a channel as --score does."""
     monkeypatch.chdir(folder_run[2])
-    readme, exif = (HERE / "README.md").read_text(), Image.Exif()
-    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    [script] = [block for block in blocks if "student.pt2" in block]
+    script, exif = python_block("student.pt2"), Image.Exif()
     assert len([line for line in script.splitlines() if line]) <= 12
     imports = re.findall(r"^(?:from|import) (.+?)(?: import.*)?$", script, re.MULTILINE)
     assert set(", ".join(imports).split(", ")) <= {"sys", "torch", "PIL"}
@@ -1328,6 +1326,54 @@ def test_on_a_device_torch_and_pillow_give_the_programs_scores(folder_run, monke
     monkeypatch.setattr(sys, "argv", ["script.py", "deep.png"])
     with pytest.raises(AssertionError, match="8 bits"):
         runpy.run_path("script.py")
+
+
+def python_block(word):
+    """The block of Python in README.md that has a word."""
+    readme = (HERE / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    [block] = [block for block in blocks if word in block]
+    return block
+
+
+def test_pca_by_the_readme_flags_what_is_unlike_the_good_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("parts/train/good").mkdir(parents=True)
+    x = 0.5 + images(51, 32, 3) / 20  # grey, with a little noise
+    for n in range(50):
+        TF.to_pil_image(x[n]).save(f"parts/train/good/{n:02}.png")
+    TF.to_pil_image(x[50]).save("alike.png")
+    TF.to_pil_image(0.5 + images(1, 32, 3)[0] / 2).save("unlike.png")
+    Path("pca.py").write_text(python_block("PCA(0.9)"))
+    monkeypatch.setattr(sys, "argv", ["pca.py", "alike.png", "unlike.png"])
+    runpy.run_path("pca.py")
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["alike.png", "unlike.png"]
+    alike, unlike = [float(row[2]) for row in rows]
+    assert unlike == pytest.approx(1 / 11, abs=1e-4)  # 10 are held out
+    assert alike > 0.2
+
+
+def test_a_teacher_of_ones_own_by_the_readme_teaches_the_student(tmp_path):
+    """In step 1 and in step 2; its codes may have any length."""
+    teacher, x = pk.GAN(32, 3, 2, 256), images(8, 32, 3)
+    shared = {"batches": [x] * 60, "x_new": images(5, 32, 3, seed=1)}
+
+    def your_teacher(x):
+        out = teacher.g(x)
+        return 3 * out.z, out.x_hat, out.z_hat
+
+    shared["your_teacher"] = your_teacher
+    script = python_block("your_teacher")
+    assert "update >= 1800" in script
+    file = tmp_path / "script.py"
+    file.write_text(script.replace("update >= 1800", "update >= 50"))
+    torch.manual_seed(0)
+    made = runpy.run_path(file, shared)
+    assert made["scores"].shape == (5,)
+    with torch.no_grad():
+        z_t, z_s = teacher.g(x).z, made["student"].g(x).z
+    assert F.mse_loss(z_s, z_t) < 0.5  # codes that know nothing of one another: 2
 
 
 def test_exported_detector_is_whole_and_names_no_device(digits_run, tmp_path):
