@@ -31,25 +31,27 @@ from the frozen teacher alone, then together with it [paper]. train_stages() run
     L_D(real, fake)                                                   D tells real from fake
     L_G  = w_adv L_adv + w_con L_con + w_lat L_lat                    a GAN's own losses
     L_KD = kd_inter L_inter + kd_latent L_lat_kd + kd_adv L_adv_kd    the losses of both steps
-    L_residual = E[(r_t - r_s)^2], r = z - z_hat                      [ours] in step 2 only: pulls
-                                                                      the student's r, whose length
-                                                                      is its score, to the teacher's
+    L_residual = E[(r_t - r_s)^2], r = z - z_hat                      in step 2 only
 
 Each loss is a function below. L_G is the sum in gan_losses(), L_KD that in distillation_losses().
-L_adv_kd compares the features of x_hat_t and x_hat_s in the student's D.
+L_con, L_lat and L_adv compare an image with its reconstruction: their pixels, their codes, their
+features in D. L_inter, L_lat_kd and L_adv_kd compare the student's reconstruction with the
+teacher's in the same three ways, with features in the student's D. L_residual compares what the
+scores are made of: the score is the length of r.
 
 The stages and who trains in each are [paper]. What the student's D tells apart in the two steps,
-its own losses in step 2 and all weights are [ours].
+the student's own losses in step 2, L_residual and all weights are [ours].
 
 The student alone is the baseline: the same net, from the same initial weights, trained by default
 for as many updates as both steps. Step 2 goes on with step 1's student (its G and its D) and with
 the trained teacher, but with a new Adam.
 
 The learning rates rise, then fall to zero: once for the teacher, once for the student alone, and
-once over both steps together, so that step 2 begins at about a tenth of the peak.
+once over both steps together. So step 2 is a fine-tuning [ours]: it begins at about a tenth of the
+peak, and its rates add up to a hundredth of step 1's.
 
-The AUROCs of the four stages are those of the paper's score. For use, the program saves a Detector
-[ours]: step 2's student with a Mahalanobis score.
+The four AUROCs that a run prints are those of the score above. For use, the program saves a
+Detector [ours]: step 2's student with a Mahalanobis score.
 
 The method ends at the line "# ====". Pasted alone, it trains, with torch and nothing else:
 
@@ -84,15 +86,15 @@ class Settings:
     z_dim: int = setting(256, "dimension of z and z_hat, teacher and student alike", low=2)
     # the length of each stage; the student alone gets as many updates as both steps together
     teacher_updates: int = setting(700, "updates of the teacher")
-    alone_updates: int = setting(2160, "updates of the student alone")
+    alone_updates: int = setting(2160, "updates of the student alone: as many as both steps")
     step1_updates: int = setting(1800, "updates of step 1")
     step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
-    # the peak learning rates. Both steps share one schedule, whose peak lies in step 1. Step 2 is
-    # its end and begins at about a tenth of it: so there the teacher's rate falls from 2e-5.
+    # the peak learning rates. Both steps share one schedule, whose peak lies in step 1; step 2 is
+    # its end, and begins at about a tenth of the peak: there, the teacher's rate falls from 2e-5.
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
-    lr_step2_teacher: float = setting(2e-4, "peak rate of step 2's teacher; a tenth is used")
+    lr_step2_teacher: float = setting(2e-4, "learning rate of step 2's teacher, before that tenth")
     # the weights of the losses
     w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
     w_con: float = setting(1.0, "weight of a GAN's contextual loss")
@@ -293,13 +295,14 @@ def gan_losses(gan, x, out, settings):
     """A GAN's own losses (for its D, for its G) on images x, given out = gan.g(x). They are
     GANomaly's, with our weights [ours].
 
-    x_hat is not detached: loss_d has a gradient for G, too, and loss_g has one for D. Use that of
-    loss_d for D alone, and that of loss_g for G alone, as fit() does."""
+    loss_d has gradients for D alone. loss_g has some for D, too, which are not to be used: see
+    fit()."""
+    # ---- D: minimise L_D; x is real, x_hat is fake and detached: it is not D that makes it
     logit_x, f_x = gan.d(x)
-    logit_x_hat, f_x_hat = gan.d(out.x_hat)
-    # ---- D: minimise L_D; x is real, x_hat is fake
+    logit_x_hat, _ = gan.d(out.x_hat.detach())
     loss_d = discriminator_loss(logit_x, logit_x_hat)
     # ---- G: minimise L_G = w_adv L_adv + w_con L_con + w_lat L_lat
+    _, f_x_hat = gan.d(out.x_hat)
     adv = adversarial_loss(f_x, f_x_hat)
     con = contextual_loss(x, out.x_hat)
     lat = latent_loss(out.z, out.z_hat)
@@ -309,14 +312,15 @@ def gan_losses(gan, x, out, settings):
 
 def distillation_losses(student, out_t, out_s, settings):
     """The distillation losses (for the student's D, for its G), given what the generators of
-    teacher and student made of the same images. As with gan_losses(), use the gradient of loss_d
-    for D alone, and that of loss_g for G alone."""
+    teacher and student made of the same images. As with gan_losses(), loss_d has gradients for D
+    alone, and those that loss_g has for D are not to be used."""
+    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (To D, kd_adv
+    # matters in step 2 only, where L_D(x, x_hat_s) is added: Adam ignores a common factor.)
     logit_t, f_t = student.d(out_t.x_hat.detach())
-    logit_s, f_s = student.d(out_s.x_hat)  # not detached: f_s is for G
-    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (Adam ignores a
-    # common factor: for D, kd_adv matters only in step 2, against w_own.)
+    logit_s, _ = student.d(out_s.x_hat.detach())
     loss_d = settings.kd_adv * discriminator_loss(logit_t, logit_s)
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_lat_kd + kd_adv L_adv_kd
+    _, f_s = student.d(out_s.x_hat)
     inter = intermediate_distillation_loss(out_t.x_hat, out_s.x_hat)
     latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
     adv = adversarial_distillation_loss(f_t, f_s)
@@ -327,8 +331,8 @@ def distillation_losses(student, out_t, out_s, settings):
 # ----------------------------------------------------------------------------------------- training
 def shuffled_batches(x, updates, settings):
     """For each update, the indices of its images in x: all of x in a random order, then in another,
-    and so on; a batch may span two orders. The seed fixes them. Each stage begins with the first
-    batch; only step 2 goes on where step 1 ended."""
+    and so on; a batch may span two orders. The seed fixes them. Step 2 goes on where step 1 ended;
+    every other stage begins with the first batch."""
     rng = torch.Generator().manual_seed(settings.seed)
     passes = 1 + (updates * settings.batch) // len(x)  # at least as many as are needed
     orders = [torch.randperm(len(x), generator=rng) for _ in range(passes)]
@@ -359,13 +363,11 @@ def new_optimizer_and_schedule(gans_and_rates, start, length):
 
 def fit(gans, loss_d, loss_g, optimizer, schedule):
     """One update of GANs, in place. Their D's get the gradient of loss_d alone, their G's that of
-    loss_g alone. Both are taken before any weight changes. (So one D(x_hat) serves a GAN's both
-    losses. The usual way, D first, with x_hat detached, and then G, computes it twice.)"""
-    d_params = [p for gan in gans for p in gan.d.parameters()]
+    loss_g alone. Both are taken before any weight changes [ours]; GANs often update D first."""
     g_params = [p for gan in gans for p in gan.g.parameters()]
     optimizer.zero_grad()
-    loss_d.backward(inputs=d_params, retain_graph=True)  # D's alone; loss_g needs the graph, too
-    loss_g.backward(inputs=g_params)
+    loss_d.backward()  # reaches D's alone, since x_hat is detached in it
+    loss_g.backward(inputs=g_params)  # goes through D's, but leaves them no gradient
     optimizer.step()
     schedule.step()
 
@@ -439,10 +441,10 @@ def train_step1(student, teacher, x, settings, report=None):
 def train_step2(student, teacher, x, settings, report=None):
     """Step 2: student and teacher train on together, in place. Distillation moves the student only.
 
-    The paper compares with four ways to distil in a single step: with a frozen or a moving teacher,
-    with or without the student's own losses. For these, take a new student and step1_updates = 0,
-    step2_updates = alone_updates, kd_residual = 0; lr_step2_teacher = 0 freezes the teacher, and
-    w_own = 0 leaves out the student's own losses."""
+    By the summary, the paper compares with four ways to distil in a single step: with a frozen or a
+    moving teacher, with or without the student's own losses. For these, take a new student and
+    step1_updates = 0, step2_updates = alone_updates, kd_residual = 0; lr_step2_teacher = 0 freezes
+    the teacher, and w_own = 0 leaves out the student's own losses."""
     updates = settings.step2_updates
     both_steps = settings.step1_updates + settings.step2_updates
     start = settings.step1_updates
@@ -458,8 +460,9 @@ def train_step2(student, teacher, x, settings, report=None):
         own_loss_d, own_loss_g = gan_losses(student, images, out_s, settings)
         teacher_loss_d, teacher_loss_g = gan_losses(teacher, images, out_t, settings)
         student_loss_d = distill_loss_d + settings.w_own * own_loss_d
-        student_loss_g = distill_loss_g + settings.kd_residual * residual
-        student_loss_g = student_loss_g + settings.w_own * own_loss_g
+        student_loss_g = (
+            distill_loss_g + settings.kd_residual * residual + settings.w_own * own_loss_g
+        )
         # One sum is enough for both nets: no loss of one has a gradient for the other.
         loss_d = student_loss_d + teacher_loss_d
         loss_g = student_loss_g + teacher_loss_g
@@ -987,8 +990,8 @@ def draw_samples(nets, task):
 
 # -------------------------------------------------------------------------------------------- files
 def describe(options, settings, task):
-    """What a run is. Runs of one description have one result, on one device of one machine, as long
-    as the file that --teacher names is the same."""
+    """What a run is. Runs of one description have one result, on one CPU with one version of torch
+    and one number of threads, as long as the file that --teacher names is the same."""
     return {
         "version": VERSION,
         "dataset": options.dataset,
