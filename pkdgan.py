@@ -16,9 +16,10 @@ learns to rebuild the image, and from the rebuilt image its code:
 
     x --encode--> z --decode--> x_hat --encode_again--> z_hat
 
-On an anomaly the two codes disagree: the anomaly score is ||z - z_hat||_2 [paper]. A wide teacher
-(suffix _t) learns this by itself. A narrow student (suffix _s) learns it from the teacher, at first
-from the frozen teacher alone, then together with it [paper]. train_stages() runs all stages:
+On an anomaly the two codes should disagree more: the anomaly score is ||z - z_hat||_2 [paper]. A
+wide teacher (suffix _t) learns this by itself. A narrow student (suffix _s) learns it from the
+teacher, at first from the frozen teacher alone, then together with it [paper]. train_stages() runs
+all stages:
 
     stage            trains     its D minimises                 its G minimises
     teacher          teacher    L_D(x, x_hat_t)                 L_G
@@ -34,10 +35,10 @@ from the frozen teacher alone, then together with it [paper]. train_stages() run
     L_residual = E[(r_t - r_s)^2], r = z - z_hat                      in step 2 only
 
 Each loss is a function below. L_G is the sum in gan_losses(), L_KD that in distillation_losses().
-L_con, L_lat and L_adv compare an image with its reconstruction: their pixels, their codes, their
-features in D. L_inter, L_lat_kd and L_adv_kd compare the student's reconstruction with the
-teacher's in the same three ways, with features in the student's D. L_residual compares what the
-scores are made of: the score is the length of r.
+L_adv, L_con and L_lat compare an image with its reconstruction: their features in D, their pixels,
+their codes. L_inter compares x_hat_t with x_hat_s, L_lat_kd z_t with z_s and z_hat_t with
+z_hat_s, L_adv_kd the features of x_hat_t and x_hat_s in the student's D. L_residual compares what
+the scores are made of: the score is the length of r.
 
 The stages and who trains in each are [paper]. What the student's D tells apart in the two steps,
 the student's own losses in step 2, L_residual and all weights are [ours].
@@ -48,10 +49,10 @@ the trained teacher, but with a new Adam.
 
 The learning rates rise, then fall to zero: once for the teacher, once for the student alone, and
 once over both steps together. So step 2 is a fine-tuning [ours]: it begins at about a tenth of the
-peak, and its rates add up to a hundredth of step 1's.
+peak, and its rates add up to one or two hundredths of step 1's.
 
-The four AUROCs that a run prints are those of the score above. For use, the program saves a
-Detector [ours]: step 2's student with a Mahalanobis score.
+The AUROCs of the four stages are those of the score above. For use, the program saves a Detector
+[ours]: step 2's student with a Mahalanobis score.
 
 The method ends at the line "# ====". Pasted alone, it trains, with torch and nothing else:
 
@@ -84,17 +85,17 @@ class Settings:
     teacher_width: int = setting(32, "channels of the teacher's first block", low=1)
     student_width: int = setting(2, "channels of the student's first block", low=1)
     z_dim: int = setting(256, "dimension of z and z_hat, teacher and student alike", low=2)
-    # the length of each stage; the student alone gets as many updates as both steps together
+    # the length of each stage. To compare, give the student alone as many updates as both steps.
     teacher_updates: int = setting(700, "updates of the teacher")
-    alone_updates: int = setting(2160, "updates of the student alone: as many as both steps")
+    alone_updates: int = setting(2160, "updates of the student alone")
     step1_updates: int = setting(1800, "updates of step 1")
     step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
-    # the peak learning rates. Both steps share one schedule, whose peak lies in step 1; step 2 is
-    # its end, and begins at about a tenth of the peak: there, the teacher's rate falls from 2e-5.
+    # the peak learning rates. Both steps share one schedule, whose peak lies in step 1: step 2
+    # begins at about a tenth of these rates, its student at 2e-4, its teacher at 2e-5.
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
-    lr_step2_teacher: float = setting(2e-4, "learning rate of step 2's teacher, before that tenth")
+    lr_step2_teacher: float = setting(2e-4, "step 2's teacher: it begins at about a tenth of this")
     # the weights of the losses
     w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
     w_con: float = setting(1.0, "weight of a GAN's contextual loss")
@@ -295,9 +296,9 @@ def gan_losses(gan, x, out, settings):
     """A GAN's own losses (for its D, for its G) on images x, given out = gan.g(x). They are
     GANomaly's, with our weights [ours].
 
-    loss_d has gradients for D alone. loss_g has some for D, too, which are not to be used: see
-    fit()."""
-    # ---- D: minimise L_D; x is real, x_hat is fake and detached: it is not D that makes it
+    loss_d has gradients for D alone. loss_g is for G: take its gradients for G's parameters only,
+    as fit() does, since it has some for D, too."""
+    # ---- D: minimise L_D; x is real, x_hat is fake, and detached: L_D does not move G
     logit_x, f_x = gan.d(x)
     logit_x_hat, _ = gan.d(out.x_hat.detach())
     loss_d = discriminator_loss(logit_x, logit_x_hat)
@@ -313,7 +314,7 @@ def gan_losses(gan, x, out, settings):
 def distillation_losses(student, out_t, out_s, settings):
     """The distillation losses (for the student's D, for its G), given what the generators of
     teacher and student made of the same images. As with gan_losses(), loss_d has gradients for D
-    alone, and those that loss_g has for D are not to be used."""
+    alone, and loss_g is for G."""
     # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (To D, kd_adv
     # matters in step 2 only, where L_D(x, x_hat_s) is added: Adam ignores a common factor.)
     logit_t, f_t = student.d(out_t.x_hat.detach())
@@ -745,7 +746,8 @@ class Detector(nn.Module):
     a score and a p-value. The files student.pt and student.pt2 hold one.
 
     The score is r's Mahalanobis length sqrt((r - m)' S^-1 (r - m)) = ||(r - m) W||_2, where m and S
-    are the mean and covariance of r on the training images, and W W' = S^-1 ("whitening").
+    are the mean and covariance of r on the training images, and W W' = S^-1 ("whitening"). S is
+    shrunk (Ledoit, Wolf 2004): there may be fewer images than numbers in r.
     The p-value is (1 + number of held-out images with a score as high) / (1 + number of held-out
     images): conformal prediction (Vovk et al. 2005, Bates et al. 2023). For new images drawn like
     the held-out ones, P(p <= alpha) <= alpha. If none are held out, p is 1.
@@ -783,7 +785,7 @@ def make_detector(student, x, x_held, settings):
     r = residuals(student, x).cpu().double()
     if not r.isfinite().all():
         raise FloatingPointError("codes are no numbers: lower the learning rates")
-    model = covariance.LedoitWolf().fit(r)  # with fewer images than numbers in r, S is shrunk
+    model = covariance.LedoitWolf().fit(r)
     whitener = torch.linalg.cholesky(torch.tensor(model.precision_))
     detector.mean.copy_(torch.tensor(model.location_))
     detector.whitener.copy_(whitener)
@@ -1160,6 +1162,10 @@ def run(options, settings):
             settings, teacher_updates=earlier.teacher_updates, lr_teacher=earlier.lr_teacher
         )
         description = describe(options, settings, task)
+    both_steps = settings.step1_updates + settings.step2_updates
+    if both_steps and settings.alone_updates not in (0, both_steps):
+        lengths = f"{settings.alone_updates} updates, both steps for {both_steps}"
+        warn(f"the student alone trains for {lengths}: the gain compares unequal lengths")
     claim_folder(folder, description)
 
     began = monotonic()
@@ -1211,7 +1217,8 @@ def score_images(student, paths, alpha):
 
 def table_title(result):
     """The title of a run's table: its data, by name, and the settings that are not the data set's
-    own. But for device and alpha, runs of one title differ in class and seed alone."""
+    own. But for device and alpha, runs of one title differ in class and seed alone, as long as no
+    two folders have one name."""
     values, defaults = flattened(result), asdict(EXPERIMENTS[result["dataset"]])
     defaults |= {"version": VERSION, "size": 32, "holdout": 0.0, "teacher": ""}
     if result["dataset"] == "folder":

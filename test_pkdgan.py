@@ -1063,6 +1063,21 @@ def test_nothing_is_overwritten_in_silence(digits_run, tmp_path, monkeypatch, ca
     assert len(trained) == 5
 
 
+@pytest.mark.parametrize("alone, told", [("5", True), ("14", False), ("0", False)])
+def test_a_student_alone_of_another_length_than_both_steps_is_told(
+    alone, told, tmp_path, monkeypatch, capsys
+):
+    """Its AUROC is what the gain is measured from. 0 means that it is left out."""
+
+    def train_stages(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pk, "train_stages", train_stages)
+    flags = [*FAST, "--alone-updates", alone, "--out", tmp_path / "run"]
+    assert exit_code(*flags) == 130
+    assert ("5 updates, both steps for 14" in capsys.readouterr().err) == told
+
+
 def test_good_photographs_alone_make_a_detector(folder_run):
     stdout, result, folder = folder_run
     assert result["auroc"] == result["kinds"] == {} and result["auroc_detector"] is None
