@@ -92,7 +92,8 @@ class Settings:
     step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
     # the peak learning rates. Both steps share one schedule, whose peak lies in step 1: step 2
-    # begins at about a tenth of these rates, its student at 2e-4, its teacher at 2e-5.
+    # begins at about a tenth of these rates (with these defaults, its student at 2e-4, its teacher
+    # at 2e-5).
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
     lr_step2_teacher: float = setting(2e-4, "step 2's teacher: it begins at about a tenth of this")
@@ -160,8 +161,8 @@ def block_widths(size, width):
 
 class Encoder(nn.Module):
     """DCGAN's discriminator with n_out outputs: convolutions that halve the image down to 4 x 4,
-    then a linear layer. It is both encoders of a generator (n_out is z_dim) and a discriminator
-    (n_out is 1)."""
+    then a linear layer. A GAN has three: two encode, with n_out = z_dim, in its generator; one,
+    with n_out = 1, is its discriminator."""
 
     def __init__(self, size, channels, width, n_out):
         super().__init__()
@@ -280,10 +281,10 @@ def latent_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
     return F.mse_loss(z_s, z_t.detach()) + F.mse_loss(z_hat_s, z_hat_t.detach())
 
 
-def adversarial_distillation_loss(f_t, f_s):
+def adversarial_distillation_loss(f_x_hat_t, f_x_hat_s):
     """L_adv_kd = E[(f(x_hat_t) - f(x_hat_s))^2], where f belongs to the student's D [ours].
     By hand: adversarial_distillation_loss([1., 2.], [0., 2.]) = 0.5"""
-    return F.mse_loss(f_s, f_t.detach())
+    return F.mse_loss(f_x_hat_s, f_x_hat_t.detach())
 
 
 def residual_distillation_loss(z_t, z_s, z_hat_t, z_hat_s):
@@ -297,7 +298,7 @@ def gan_losses(gan, x, out, settings):
     GANomaly's, with our weights [ours].
 
     loss_d has gradients for D alone. loss_g is for G: take its gradients for G's parameters only,
-    as fit() does, since it has some for D, too."""
+    as update_weights() does, since it has some for D, too."""
     # ---- D: minimise L_D; x is real, x_hat is fake, and detached: L_D does not move G
     logit_x, f_x = gan.d(x)
     logit_x_hat, _ = gan.d(out.x_hat.detach())
@@ -317,14 +318,14 @@ def distillation_losses(student, out_t, out_s, settings):
     alone, and loss_g is for G."""
     # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (To D, kd_adv
     # matters in step 2 only, where L_D(x, x_hat_s) is added: Adam ignores a common factor.)
-    logit_t, f_t = student.d(out_t.x_hat.detach())
-    logit_s, _ = student.d(out_s.x_hat.detach())
-    loss_d = settings.kd_adv * discriminator_loss(logit_t, logit_s)
+    logit_x_hat_t, f_x_hat_t = student.d(out_t.x_hat.detach())
+    logit_x_hat_s, _ = student.d(out_s.x_hat.detach())
+    loss_d = settings.kd_adv * discriminator_loss(logit_x_hat_t, logit_x_hat_s)
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_lat_kd + kd_adv L_adv_kd
-    _, f_s = student.d(out_s.x_hat)
+    _, f_x_hat_s = student.d(out_s.x_hat)
     inter = intermediate_distillation_loss(out_t.x_hat, out_s.x_hat)
     latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
-    adv = adversarial_distillation_loss(f_t, f_s)
+    adv = adversarial_distillation_loss(f_x_hat_t, f_x_hat_s)
     loss_g = settings.kd_inter * inter + settings.kd_latent * latent + settings.kd_adv * adv
     return loss_d, loss_g
 
@@ -362,13 +363,13 @@ def new_optimizer_and_schedule(gans_and_rates, start, length):
     return optimizer, schedule
 
 
-def fit(gans, loss_d, loss_g, optimizer, schedule):
+def update_weights(gans, loss_d, loss_g, optimizer, schedule):
     """One update of GANs, in place. Their D's get the gradient of loss_d alone, their G's that of
     loss_g alone. Both are taken before any weight changes [ours]; GANs often update D first."""
     g_params = [p for gan in gans for p in gan.g.parameters()]
     optimizer.zero_grad()
     loss_d.backward()  # reaches D's alone, since x_hat is detached in it
-    loss_g.backward(inputs=g_params)  # goes through D's, but leaves them no gradient
+    loss_g.backward(inputs=g_params)  # without inputs, D's would get its gradient, too
     optimizer.step()
     schedule.step()
 
@@ -376,8 +377,8 @@ def fit(gans, loss_d, loss_g, optimizer, schedule):
 def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
     """After each tenth of a stage's updates, check that the losses are finite, and call
     report(stage, gan, update, updates, loss_d, loss_g) if there is a report. Not oftener: .item()
-    waits for a GPU. The losses are the weighted sums that fit() gets: in step 2 they contain the
-    teacher's. Raises FloatingPointError for a loss that is not finite."""
+    waits for a GPU. The losses are the weighted sums that update_weights() gets: in step 2 they
+    contain the teacher's. Raises FloatingPointError for a loss that is not finite."""
     tenths = (10 * update) // updates
     tenths_before = (10 * (update - 1)) // updates
     if tenths == tenths_before:
@@ -412,7 +413,7 @@ def train_gan(stage, gan, x, rate, updates, settings, report=None):
         images = x[indices]
         out = gan.g(images)
         loss_d, loss_g = gan_losses(gan, images, out, settings)
-        fit([gan], loss_d, loss_g, optimizer, schedule)
+        update_weights([gan], loss_d, loss_g, optimizer, schedule)
         check_and_report(stage, gan, update, updates, loss_d, loss_g, report)
 
 
@@ -435,17 +436,17 @@ def train_step1(student, teacher, x, settings, report=None):
         out_t = Generated(z_t[indices], x_hat_t[indices], z_hat_t[indices])
         out_s = student.g(x[indices])
         loss_d, loss_g = distillation_losses(student, out_t, out_s, settings)
-        fit([student], loss_d, loss_g, optimizer, schedule)
+        update_weights([student], loss_d, loss_g, optimizer, schedule)
         check_and_report("step1", student, update, updates, loss_d, loss_g, report)
 
 
 def train_step2(student, teacher, x, settings, report=None):
     """Step 2: student and teacher train on together, in place. Distillation moves the student only.
 
-    By the summary, the paper compares with four ways to distil in a single step: with a frozen or a
-    moving teacher, with or without the student's own losses. For these, take a new student and
-    step1_updates = 0, step2_updates = alone_updates, kd_residual = 0; lr_step2_teacher = 0 freezes
-    the teacher, and w_own = 0 leaves out the student's own losses."""
+    By a second-hand summary, the paper compares with four ways to distil in a single step: with a
+    frozen or a moving teacher, with or without the student's own losses. For these, take a new
+    student and step1_updates = 0, step2_updates = alone_updates, kd_residual = 0;
+    lr_step2_teacher = 0 freezes the teacher, and w_own = 0 leaves out the student's own losses."""
     updates = settings.step2_updates
     both_steps = settings.step1_updates + settings.step2_updates
     start = settings.step1_updates
@@ -467,7 +468,7 @@ def train_step2(student, teacher, x, settings, report=None):
         # One sum is enough for both nets: no loss of one has a gradient for the other.
         loss_d = student_loss_d + teacher_loss_d
         loss_g = student_loss_g + teacher_loss_g
-        fit([student, teacher], loss_d, loss_g, optimizer, schedule)
+        update_weights([student, teacher], loss_d, loss_g, optimizer, schedule)
         check_and_report("step2", student, update, updates, loss_d, loss_g, report)
 
 
@@ -1365,7 +1366,7 @@ def main(argv):
     except BrokenPipeError:  # "| head" has seen enough
         os._exit(1)  # sys.exit() would try to write again
     except KeyboardInterrupt:
-        warn("interrupted; no file is half-written")
+        warn("interrupted; no file of the run is half-written")
         return 130
     except UsageError as error:
         warn(error)

@@ -10,6 +10,10 @@ program=$(dirname "$0")/pkdgan.py
 flags=$*
 for flag in "$@"; do
   case ${flag%%=*} in # --seed=3 is --seed
+    -h | --help)
+      sed -n '2,4s/^# //p' "$0"
+      exit
+      ;;
     --dataset | --normal | --seed | --out)
       echo "run_all.sh: set DATASETS, NORMALS, SEEDS or OUT instead of $flag" >&2
       exit 2

@@ -1150,7 +1150,7 @@ def test_a_signal_a_full_disk_and_a_closed_pipe_leave_no_file(tmp_path):
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     stderr = process.communicate(timeout=60)[1]
-    assert stderr == "pkdgan.py: interrupted; no file is half-written\n"
+    assert stderr == "pkdgan.py: interrupted; no file of the run is half-written\n"
     assert process.returncode == 130
     limit = [10_000] * 2  # bytes a file may have: less than a student.pt
     full = started(before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
@@ -1578,6 +1578,12 @@ def test_run_all_refuses_flags_that_its_loops_set(flags, tmp_path):
     done = run_all(tmp_path, *flags)
     assert (done.returncode, done.stdout, calls(tmp_path)) == (2, "", [])
     assert done.stderr.startswith("run_all.sh: set DATASETS, NORMALS, SEEDS or OUT instead of --")
+
+
+def test_run_all_explains_itself(tmp_path):
+    done = run_all(tmp_path, "--help")
+    assert (done.returncode, done.stderr, calls(tmp_path)) == (0, "", [])
+    assert 'NORMALS="3 8"' in done.stdout
 
 
 def test_run_all_two_at_a_time_names_what_failed(tmp_path):
