@@ -87,7 +87,7 @@ class Settings:
     z_dim: int = setting(256, "dimension of z and z_hat, teacher and student alike", low=2)
     # the length of each stage. To compare, give the student alone as many updates as both steps.
     teacher_updates: int = setting(700, "updates of the teacher")
-    alone_updates: int = setting(2160, "updates of the student alone")
+    alone_updates: int = setting(2160, "updates of the student alone; 0 leaves it out")
     step1_updates: int = setting(1800, "updates of step 1")
     step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
@@ -899,9 +899,10 @@ def evaluate(nets, scores, detector, task, options):
     detector_scores, p_values = detect(detector, task.x_test)
     result = {"auroc": {}, "auroc_detector": None, "baselines": {}}
     if len(set(task.y_test)) == 2:
-        for stage in STAGES:
+        for stage in scores:
             result["auroc"][stage] = auroc(scores[stage], task.y_test)
-        result["auroc"]["gain"] = result["auroc"]["step2"] - result["auroc"]["student_alone"]
+        if "student_alone" in scores:
+            result["auroc"]["gain"] = result["auroc"]["step2"] - result["auroc"]["student_alone"]
         result["auroc_detector"] = auroc(detector_scores, task.y_test)
         result["baselines"]["pca"] = pca_auroc(task)
     held_out = len(task.x_held)
@@ -931,7 +932,8 @@ def print_result(result):
     if result["auroc"]:
         print("\nAUROC in %")
         for stage in STAGES:
-            print_columns(stage, [f"{result['auroc'][stage]:.2f}"])
+            if stage in result["auroc"]:
+                print_columns(stage, [f"{result['auroc'][stage]:.2f}"])
         print_columns("detector", [f"{result['auroc_detector']:.2f}", "  step2, whitened"])
         print_columns("PCA", [f"{result['baselines']['pca']:.2f}", "  a baseline without nets"])
     else:
@@ -1173,6 +1175,8 @@ def run(options, settings):
     progress = Progress(task, stages)
     nets = train_stages(task.x, settings, progress.report, teacher)
     scores = {stage: score(nets[stage], task.x_test).cpu() for stage in STAGES}
+    if settings.alone_updates == 0:  # an untrained net is no baseline
+        del scores["student_alone"]
     detector = make_detector(nets["step2"], task.x, task.x_held, settings)
     result = description | evaluate(nets, scores, detector, task, options)
     result |= {"seconds": monotonic() - began, "curve": progress.curve}
@@ -1261,7 +1265,8 @@ def print_tables(folder):
         means = []
         for seed in set.intersection(*[set(seeds) for seeds in rows.values()]):
             figures = [seeds[seed] for seeds in rows.values()]
-            means.append({c: statistics.mean(figure[c] for figure in figures) for c in columns})
+            known = [c for c in columns if all(c in figure for figure in figures)]
+            means.append({c: statistics.mean(figure[c] for figure in figures) for c in known})
         print_row(f"mean of {len(rows)}", columns, means)
 
 
@@ -1269,7 +1274,7 @@ def print_row(name, columns, runs):
     """Print a row of a table in Markdown: mean ± standard deviation over runs {column: value}."""
     cells = []
     for column in columns:
-        values = [figures[column] for figures in runs]
+        values = [figures[column] for figures in runs if column in figures]
         cell = f"{statistics.mean(values):.2f}" if values else "-"
         if len(values) > 1:
             cell += f" ± {statistics.stdev(values):.2f}"

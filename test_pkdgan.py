@@ -1078,6 +1078,18 @@ def test_a_student_alone_of_another_length_than_both_steps_is_told(
     assert ("unequal lengths" in capsys.readouterr().err) == told
 
 
+def test_a_student_alone_that_is_left_out_has_no_figure(tmp_path, capsys):
+    """That of its untrained net would be taken for a baseline, and a gain of 40 points printed."""
+    stdout, result = run_here(tmp_path / "run", *FAST, "--alone-updates", "0")
+    assert list(result["auroc"]) == ["teacher", "step1", "step2"]
+    assert "\nstudent_alone" not in stdout and "\nstep2" in stdout
+    capsys.readouterr()
+    assert exit_code("--table", tmp_path) == 0
+    *_, one_class, mean = capsys.readouterr().out.splitlines()
+    assert one_class.split(" | ")[2] == one_class.split(" | ")[5] == "-"
+    assert mean.split(" | ")[2] == mean.split(" | ")[5] == "-"
+
+
 def test_good_photographs_alone_make_a_detector(folder_run):
     stdout, result, folder = folder_run
     assert result["auroc"] == result["kinds"] == {} and result["auroc_detector"] is None
