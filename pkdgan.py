@@ -924,7 +924,7 @@ def evaluate(nets, scores, detector, task, options):
 
 def print_columns(name, values):
     """Print a line of a table: a name and values, aligned."""
-    print(f"{name:15}" + "".join(f"{value:>11}" for value in values))
+    print(f"{name:13}" + "".join(f"{value:>7}" for value in values))
 
 
 def print_result(result):
@@ -943,9 +943,11 @@ def print_result(result):
     held_out, alpha = result["images"]["held_out"], result["alpha"]
     alphas = ALPHAS if held_out else []
     if result["kinds"]:
-        columns = [f"% at {a}" for a in alphas]
-        print(f"\nThe detector, by kind of test image ({result['normal']} is normal):")
-        print_columns("kind", ["images", "AUROC", *columns])
+        title = f"The detector by kind of test image ({result['normal']} is normal)"
+        if alphas:
+            title += ", % flagged at alpha"
+        print(f"\n{title}:")
+        print_columns("kind", ["images", "AUROC", *alphas])
     for kind, row in result["kinds"].items():
         area = "-" if row["auroc"] is None else f"{row['auroc']:.2f}"
         flagged = [row["flagged"].get(str(a), "-") for a in alphas]
