@@ -41,15 +41,16 @@ z_hat_s, L_adv_kd the features of x_hat_t and x_hat_s in the student's D. L_resi
 the scores are made of: the score is the length of r.
 
 The stages and who trains in each are [paper]. What the student's D tells apart in the two steps,
-the student's own losses in step 2, L_residual and all weights are [ours].
+the student's own losses in step 2, L_residual and all weights are [ours], and so are, as marked
+below, codes of one norm, instance normalisation, the schedule, one update of G and D at once.
 
 The student alone is the baseline: the same net, from the same initial weights, trained by default
 for as many updates as both steps. Step 2 goes on with step 1's student (its G and its D) and with
 the trained teacher, but with a new Adam.
 
 The learning rates rise, then fall to zero: once for the teacher, once for the student alone, and
-once over both steps together. So step 2 is a fine-tuning [ours]: it begins at about a tenth of the
-peak, and its rates add up to one or two hundredths of step 1's.
+once over both steps together. So step 2 is a fine-tuning [ours]: with the lengths below, it begins
+at about a tenth of the peak. Summed over updates, its rates are 1 to 2 % of step 1's.
 
 The AUROCs of the four stages are those of the score above. For use, the program saves a Detector
 [ours]: step 2's student with a Mahalanobis score.
@@ -111,7 +112,7 @@ class Settings:
 
 
 # What the run of each data set uses. Comments give the ratio of FLOPs, teacher to student, and the
-# paper's. How these values were chosen:
+# paper's. How some of the values were chosen:
 #   lr_student, w_con             on a validation split of the training images, with earlier nets
 #   step2_updates, kd_residual    on that split, with these nets
 #   batch                         on test images, with a prototype
@@ -317,7 +318,8 @@ def distillation_losses(student, out_t, out_s, settings):
     teacher and student made of the same images. As with gan_losses(), loss_d has gradients for D
     alone, and loss_g is for G."""
     # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (To D, kd_adv
-    # matters in step 2 only, where L_D(x, x_hat_s) is added: Adam ignores a common factor.)
+    # matters in step 2 only, where L_D(x, x_hat_s) is added: Adam ignores a common factor, if it is
+    # not 0.)
     logit_x_hat_t, f_x_hat_t = student.d(out_t.x_hat.detach())
     logit_x_hat_s, _ = student.d(out_s.x_hat.detach())
     loss_d = settings.kd_adv * discriminator_loss(logit_x_hat_t, logit_x_hat_s)
@@ -574,7 +576,7 @@ class Task:
     """The images of a run. All are float32 (N, C, size, size) in [-1, 1]."""
 
     x: torch.Tensor  # normal images to train on
-    x_held: torch.Tensor  # normal images that no net sees
+    x_held: torch.Tensor  # normal images that no net is trained on
     x_test: torch.Tensor  # all test images
     y_test: list  # for each test image, whether it is an anomaly
     kinds: list  # for each test image, its class
@@ -749,9 +751,9 @@ class Detector(nn.Module):
     The score is r's Mahalanobis length sqrt((r - m)' S^-1 (r - m)) = ||(r - m) W||_2, where m and S
     are the mean and covariance of r on the training images, and W W' = S^-1 ("whitening"). S is
     shrunk (Ledoit, Wolf 2004): there may be fewer images than numbers in r.
-    The p-value is (1 + number of held-out images with a score as high) / (1 + number of held-out
-    images): conformal prediction (Vovk et al. 2005, Bates et al. 2023). For new images drawn like
-    the held-out ones, P(p <= alpha) <= alpha. If none are held out, p is 1.
+    The p-value is (1 + number of held-out images that score at least as high) / (1 + number of
+    held-out images): conformal prediction (Vovk et al. 2005, Bates et al. 2023). For new images
+    drawn like the held-out ones, P(p <= alpha) <= alpha. If none are held out, p is 1.
     """
 
     def __init__(self, size, channels, width, z_dim, held_out):

@@ -60,7 +60,7 @@ for dataset in ${DATASETS:-mnist fmnist cifar10}; do
   done
 done
 
-wait # for the last runs; "wait NUMBER" fails if a run ended so long ago that its number was reused
+wait # for the last runs
 failed=0
 if [ -s "$failures" ]; then
   failed=1

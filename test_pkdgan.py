@@ -327,7 +327,7 @@ def test_rate_by_hand():
     assert 0.5 < pk.rate_factor(0, 1) < 0.7
 
 
-# ------------------------------------------------------------------------------- fit and the stages
+# ---------------------------------------------------------------------------- update and the stages
 
 
 def batches_of(n, updates, **changes):
