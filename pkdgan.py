@@ -16,10 +16,10 @@ learns to rebuild the image, and from the rebuilt image its code:
 
     x --encode--> z --decode--> x_hat --encode_again--> z_hat
 
-On an anomaly the two codes should disagree more: the anomaly score is ||z - z_hat||_2 [paper]. A
-wide teacher (suffix _t) learns this by itself. A narrow student (suffix _s) learns it from the
-teacher, at first from the frozen teacher alone, then together with it [paper]. train_stages() runs
-all stages:
+On an anomaly the two codes should disagree more than on a normal image: the anomaly score is
+||z - z_hat||_2 [paper]. A wide teacher (suffix _t) learns this by itself. A narrow student (suffix
+_s) learns it from the teacher, at first from the frozen teacher alone, then together with it
+[paper]. train_stages() runs all stages:
 
     stage            trains     its D minimises                 its G minimises
     teacher          teacher    L_D(x, x_hat_t)                 L_G
@@ -31,18 +31,19 @@ all stages:
 
     L_D(real, fake)                                                   D tells real from fake
     L_G  = w_adv L_adv + w_con L_con + w_lat L_lat                    a GAN's own losses
-    L_KD = kd_inter L_inter + kd_latent L_lat_kd + kd_adv L_adv_kd    the losses of both steps
+    L_KD = kd_inter L_inter + kd_latent L_lat_kd + kd_adv L_adv_kd    the student's, in both steps
     L_residual = E[(r_t - r_s)^2], r = z - z_hat                      in step 2 only
 
 Each loss is a function below. L_G is the sum in gan_losses(), L_KD that in distillation_losses().
 L_adv, L_con and L_lat compare an image with its reconstruction: their features in D, their pixels,
 their codes. L_inter compares x_hat_t with x_hat_s, L_lat_kd z_t with z_s and z_hat_t with
-z_hat_s, L_adv_kd the features of x_hat_t and x_hat_s in the student's D. L_residual compares what
-the scores are made of: the score is the length of r.
+z_hat_s, L_adv_kd the features of x_hat_t and x_hat_s in the student's D. L_residual compares r_t
+with r_s; the score is the length of r.
 
 The stages and who trains in each are [paper]. What the student's D tells apart in the two steps,
-the student's own losses in step 2, L_residual and all weights are [ours], and so are, as marked
-below, codes of one norm, instance normalisation, the schedule, one update of G and D at once.
+the form of L_adv_kd, the student's own losses in step 2, L_residual and all weights are [ours].
+Also [ours], as marked below, are codes of one norm, instance normalisation, detaching what comes
+from the teacher, updating G and D at once, and the schedule.
 
 The student alone is the baseline: the same net, from the same initial weights, trained by default
 for as many updates as both steps. Step 2 goes on with step 1's student (its G and its D) and with
@@ -298,8 +299,8 @@ def gan_losses(gan, x, out, settings):
     """A GAN's own losses (for its D, for its G) on images x, given out = gan.g(x). They are
     GANomaly's, with our weights [ours].
 
-    loss_d has gradients for D alone. loss_g is for G: take its gradients for G's parameters only,
-    as update_weights() does, since it has some for D, too."""
+    loss_d has gradients for D alone. loss_g depends on D's parameters, too: take its gradients for
+    G's alone, as update_weights() does."""
     # ---- D: minimise L_D; x is real, x_hat is fake, and detached: L_D does not move G
     logit_x, f_x = gan.d(x)
     logit_x_hat, _ = gan.d(out.x_hat.detach())
@@ -317,9 +318,9 @@ def distillation_losses(student, out_t, out_s, settings):
     """The distillation losses (for the student's D, for its G), given what the generators of
     teacher and student made of the same images. As with gan_losses(), loss_d has gradients for D
     alone, and loss_g is for G."""
-    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (To D, kd_adv
-    # matters in step 2 only, where L_D(x, x_hat_s) is added: Adam ignores a common factor, if it is
-    # not 0.)
+    # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (In step 2,
+    # kd_adv weighs this loss against L_D(x, x_hat_s). In step 1 it only has to be above 0: Adam
+    # ignores a common factor.)
     logit_x_hat_t, f_x_hat_t = student.d(out_t.x_hat.detach())
     logit_x_hat_s, _ = student.d(out_s.x_hat.detach())
     loss_d = settings.kd_adv * discriminator_loss(logit_x_hat_t, logit_x_hat_s)
@@ -334,9 +335,9 @@ def distillation_losses(student, out_t, out_s, settings):
 
 # ----------------------------------------------------------------------------------------- training
 def shuffled_batches(x, updates, settings):
-    """For each update, the indices of its images in x: all of x in a random order, then in another,
-    and so on; a batch may span two orders. The seed fixes them. Step 2 goes on where step 1 ended;
-    every other stage begins with the first batch."""
+    """For each update, the indices of its images in x: random orders of all of x, one after the
+    other, cut into batches regardless of where an order ends. The seed fixes them. Step 2 goes on
+    where step 1 ended; every other stage begins with the first batch."""
     rng = torch.Generator().manual_seed(settings.seed)
     passes = 1 + (updates * settings.batch) // len(x)  # at least as many as are needed
     orders = [torch.randperm(len(x), generator=rng) for _ in range(passes)]
@@ -355,8 +356,8 @@ def rate_factor(update, updates):
 
 def new_optimizer_and_schedule(gans_and_rates, start, length):
     """One Adam for all GANs of a stage, each with its own peak learning rate, and the schedule of
-    these rates. length: the updates of the whole schedule; start: the one at which this stage
-    begins. The betas are DCGAN's; fused changes only the speed."""
+    these rates: it has length updates in all, and the stage begins at the one numbered start. The
+    betas are DCGAN's; fused changes only the speed."""
     groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in gans_and_rates]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -366,12 +367,13 @@ def new_optimizer_and_schedule(gans_and_rates, start, length):
 
 
 def update_weights(gans, loss_d, loss_g, optimizer, schedule):
-    """One update of GANs, in place. Their D's get the gradient of loss_d alone, their G's that of
-    loss_g alone. Both are taken before any weight changes [ours]; GANs often update D first."""
-    g_params = [p for gan in gans for p in gan.g.parameters()]
+    """One update of GANs, in place. Discriminators get the gradient of loss_d alone, generators
+    that of loss_g alone. Both are taken before any weight changes [ours]; GANs often update D
+    first."""
+    g_params = [p for gan in gans for p in gan.g.parameters() if p.requires_grad]
     optimizer.zero_grad()
-    loss_d.backward()  # reaches D's alone, since x_hat is detached in it
-    loss_g.backward(inputs=g_params)  # without inputs, D's would get its gradient, too
+    loss_d.backward()  # reaches discriminators alone, since x_hat is detached in it
+    loss_g.backward(inputs=g_params)  # without inputs, discriminators would get its gradient, too
     optimizer.step()
     schedule.step()
 
@@ -381,9 +383,9 @@ def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
     report(stage, gan, update, updates, loss_d, loss_g) if there is a report. Not oftener: .item()
     waits for a GPU. The losses are the weighted sums that update_weights() gets: in step 2 they
     contain the teacher's. Raises FloatingPointError for a loss that is not finite."""
-    tenths = (10 * update) // updates
-    tenths_before = (10 * (update - 1)) // updates
-    if tenths == tenths_before:
+    tenth = (10 * update) // updates
+    previous_tenth = (10 * (update - 1)) // updates
+    if tenth == previous_tenth:
         return
     value_d, value_g = loss_d.item(), loss_g.item()
     if not math.isfinite(value_d + value_g):
@@ -442,8 +444,23 @@ def train_step1(student, teacher, x, settings, report=None):
         check_and_report("step1", student, update, updates, loss_d, loss_g, report)
 
 
+def step2_losses(student, teacher, images, settings):
+    """The losses of step 2 (for both discriminators, for both generators). One sum is enough for
+    both nets: what comes from the teacher is detached in the student's losses, so no loss of one
+    has a gradient for the other. Distillation moves the student only."""
+    out_t = teacher.g(images)
+    out_s = student.g(images)
+    distill_loss_d, distill_loss_g = distillation_losses(student, out_t, out_s, settings)
+    residual = residual_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
+    own_loss_d, own_loss_g = gan_losses(student, images, out_s, settings)
+    teacher_loss_d, teacher_loss_g = gan_losses(teacher, images, out_t, settings)
+    student_loss_d = distill_loss_d + settings.w_own * own_loss_d
+    student_loss_g = distill_loss_g + settings.kd_residual * residual + settings.w_own * own_loss_g
+    return student_loss_d + teacher_loss_d, student_loss_g + teacher_loss_g
+
+
 def train_step2(student, teacher, x, settings, report=None):
-    """Step 2: student and teacher train on together, in place. Distillation moves the student only.
+    """Step 2: student and teacher train on together, in place.
 
     By a second-hand summary, the paper compares with four ways to distil in a single step: with a
     frozen or a moving teacher, with or without the student's own losses. For these, take a new
@@ -456,20 +473,7 @@ def train_step2(student, teacher, x, settings, report=None):
     optimizer, schedule = new_optimizer_and_schedule(gans_and_rates, start, length=both_steps)
     batches = shuffled_batches(x, both_steps, settings)[start:]  # after step 1's
     for update, indices in enumerate(batches, start=1):
-        images = x[indices]
-        out_t = teacher.g(images)
-        out_s = student.g(images)
-        distill_loss_d, distill_loss_g = distillation_losses(student, out_t, out_s, settings)
-        residual = residual_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
-        own_loss_d, own_loss_g = gan_losses(student, images, out_s, settings)
-        teacher_loss_d, teacher_loss_g = gan_losses(teacher, images, out_t, settings)
-        student_loss_d = distill_loss_d + settings.w_own * own_loss_d
-        student_loss_g = (
-            distill_loss_g + settings.kd_residual * residual + settings.w_own * own_loss_g
-        )
-        # One sum is enough for both nets: no loss of one has a gradient for the other.
-        loss_d = student_loss_d + teacher_loss_d
-        loss_g = student_loss_g + teacher_loss_g
+        loss_d, loss_g = step2_losses(student, teacher, x[indices], settings)
         update_weights([student, teacher], loss_d, loss_g, optimizer, schedule)
         check_and_report("step2", student, update, updates, loss_d, loss_g, report)
 
@@ -764,11 +768,11 @@ class Detector(nn.Module):
         self.register_buffer("mean", torch.zeros(z_dim))
         self.register_buffer("whitener", torch.eye(z_dim))
         self.register_buffer("held_out_scores", torch.zeros(held_out))  # sorted
-        # p_values[k] is the p-value of a score that is higher than k of the held-out ones. It is
-        # looked up: if forward() computed it in float64, an exported file would be bound to one
-        # device.
-        above = torch.arange(held_out, -1, -1, dtype=torch.float64)
-        self.register_buffer("p_values", (1 + above) / (1 + held_out))
+        # p_values[k] is the p-value of a score that is higher than exactly k of the held-out ones.
+        # It is looked up: if forward() computed it in float64, an exported file would be bound to
+        # one device.
+        at_least_as_high = torch.arange(held_out, -1, -1, dtype=torch.float64)
+        self.register_buffer("p_values", (1 + at_least_as_high) / (1 + held_out))
         self.requires_grad_(False)
 
     def forward(self, x):
@@ -1226,8 +1230,8 @@ def score_images(student, paths, alpha):
 
 def table_title(result):
     """The title of a run's table: its data, by name, and the settings that are not the data set's
-    own. But for device and alpha, runs of one title differ in class and seed alone, as long as no
-    two folders have one name."""
+    own. Runs of one title differ only in class, seed, device and alpha. (Folders of the same name
+    are not told apart.)"""
     values, defaults = flattened(result), asdict(EXPERIMENTS[result["dataset"]])
     defaults |= {"version": VERSION, "size": 32, "holdout": 0.0, "teacher": ""}
     if result["dataset"] == "folder":

@@ -319,6 +319,14 @@ def test_single_step_structures_are_step_2_with_other_arguments():
         assert close(weights(student), weights(alike)) == (w_own == 0)
 
 
+def test_a_teacher_frozen_by_torch_is_as_one_at_a_rate_of_0():
+    s = replace(SMALL, step2_updates=4, lr_student=1e-3, lr_step2_teacher=0.0)
+    (teacher, student), (frozen, same_student) = teacher_and_student(), teacher_and_student()
+    pk.train_step2(student, teacher, images(16), s)
+    pk.train_step2(same_student, frozen.requires_grad_(False), images(16), s)
+    assert same(weights(student), weights(same_student))
+
+
 def test_rate_by_hand():
     """Of ten updates, the first stands at 5 % of the way, the second at 15 %: at its peak."""
     shares = [pk.rate_factor(update, 10) for update in range(10)]
