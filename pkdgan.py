@@ -45,9 +45,10 @@ the form of L_adv_kd, the student's own losses in step 2, L_residual and all wei
 Also [ours], as marked below, are codes of one norm, instance normalisation, detaching what comes
 from the teacher, updating G and D at once, and the schedule.
 
-The student alone is the baseline: the same net, from the same initial weights, trained by default
-for as many updates as both steps. Step 2 goes on with step 1's student (its G and its D) and with
-the trained teacher, but with a new Adam.
+By default, the four stages take 700, 2,160, 1,800 and 360 updates (digits: fewer). The student
+alone is the baseline: the same net, from the same initial weights, trained for as many updates as
+both steps. Step 2 goes on with step 1's student (its G and its D) and with the trained teacher, but
+with a new Adam.
 
 The learning rates rise, then fall to zero: once for the teacher, once for the student alone, and
 once over both steps together. So step 2 is a fine-tuning [ours]: with the lengths below, it begins
