@@ -396,8 +396,8 @@ def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
 
 
 def small_batches(x):
-    """Images x in batches of at most 128 * 32 * 32 pixels (but at least one image): so small that
-    what the nets make of a batch fits a processor's cache."""
+    """Images x in batches of at most 128 * 32 * 32 pixels (but at least one image): what the nets
+    make of a batch then takes little memory."""
     pixels = x.shape[2] * x.shape[3]
     return x.split(max(1, 128 * 32 * 32 // pixels))
 
@@ -797,7 +797,7 @@ def make_detector(student, x, x_held, settings):
     whitener = torch.linalg.cholesky(torch.tensor(model.precision_))
     detector.mean.copy_(torch.tensor(model.location_))
     detector.whitener.copy_(whitener)
-    scores, _ = detect(detector, x_held)
+    scores, _ = detect(detector, x_held)  # its p-values mean nothing yet
     detector.held_out_scores.copy_(scores.sort().values)
     return detector
 
@@ -858,8 +858,9 @@ class Progress:
         self.curve.append(point)
         number = f"{self.stages.index(stage) + 1}/{len(self.stages)}"
         losses = f"loss_D {loss_d:.3f} loss_G {loss_g:.3f}"
-        left = (monotonic() - self.began) * (updates / update - 1)
-        print(f"{stage} {number}: update {update}/{updates} | {losses} | {text}{left:.0f} s left")
+        seconds = (monotonic() - self.began) * (updates / update - 1)
+        left = f"{seconds:.0f} s left of stage {number}"
+        print(f"{stage}: update {update}/{updates} | {losses} | {text}{left}")
         if update == updates:
             self.began = monotonic()
 

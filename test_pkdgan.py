@@ -976,9 +976,9 @@ def test_progress_is_a_line_a_tenth_and_the_curve(digits_run):
     stdout, result, _, _ = digits_run
     lengths = {"teacher": 10, "student_alone": 14, "step1": 10, "step2": 4}
     for number, (stage, updates) in enumerate(lengths.items(), 1):
-        start = rf"{stage} {number}/4: update \d+/{updates} \| loss_D .* loss_G .* \| AUROC .*left"
+        line = rf"{stage}: update \d+/{updates} \| loss_D .* loss_G .* \| AUROC .*stage {number}/4"
         curve = [point for point in result["curve"] if point["stage"] == stage]
-        lines = re.findall(f"^{start}$", stdout, re.MULTILINE)
+        lines = re.findall(f"^{line}$", stdout, re.MULTILINE)
         assert len(lines) == len(curve) == min(10, updates)
         assert curve[-1]["update"] == updates and curve[-1]["loss_d"] > 0
         assert curve[-1]["auroc"] == pytest.approx(result["auroc"][stage])  # of all 599 images
@@ -996,8 +996,9 @@ def test_time_left_is_that_of_the_stage_and_the_auroc_of_a_thousand_images(monke
     for stage, update, seconds in steps:
         now[0] += seconds
         progress.report(stage, None, update, 10, 0.0, 0.0)
-    left = [line.split()[-3] for line in capsys.readouterr().out.splitlines()]
-    assert left == ["10", "0", "9"]
+    left = [line.split(" | ")[-1] for line in capsys.readouterr().out.splitlines()]
+    ends = ["10 s left of stage 1/4", "0 s left of stage 1/4", "9 s left of stage 2/4"]
+    assert left == ends
     assert progress.curve[0]["auroc"] == pk.auroc(x[::3], y[::3])
 
 
@@ -1024,7 +1025,7 @@ def test_a_teacher_can_be_taken_from_an_earlier_run(digits_run, tmp_path):
     stdout, again = run_here(tmp_path / "again", *flags, "--teacher-updates", "7")
     assert again["auroc"] == result["auroc"] and again["kinds"] == result["kinds"]
     assert again["settings"] == result["settings"]  # the teacher's are its own
-    assert "student_alone 1/3: " in stdout and "teacher 1/" not in stdout
+    assert "left of stage 1/3" in stdout and "teacher: update" not in stdout
     for place in (folder.parent, folder, folder / "nets.pt"):
         teacher, its_settings = pk.load_teacher(place, ["none", folder.name], result)
         assert same(weights(teacher), weights(pk.load_nets(folder / "nets.pt")[0]["teacher"]))
