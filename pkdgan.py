@@ -47,12 +47,13 @@ from the teacher, updating G and D at once, and the schedule.
 
 By default, the four stages take 700, 2,160, 1,800 and 360 updates (digits: fewer). The student
 alone is the baseline: the same net, from the same initial weights, trained for as many updates as
-both steps. Step 2 goes on with step 1's student (its G and its D) and with the trained teacher, but
-with a new Adam.
+both steps [ours]. Step 2 goes on with step 1's student (its G and its D) and with the trained
+teacher, but with a new Adam.
 
 The learning rates rise, then fall to zero: once for the teacher, once for the student alone, and
 once over both steps together. So step 2 is a fine-tuning [ours]: with the lengths below, it begins
-at about a tenth of the peak. Summed over updates, its rates are 1 to 2 % of step 1's.
+at about a tenth of the peak. Summed over updates, the student's rates in step 2 are 1 to 2 % of
+those in step 1.
 
 The AUROCs of the four stages are those of the score above. For use, the program saves a Detector
 [ours]: step 2's student with a Mahalanobis score.
@@ -349,7 +350,7 @@ def rate_factor(update, updates):
     """The factor on the peak learning rate in an update, counted from 0: it rises linearly over the
     first 15 % of the updates, then falls to 0 as half a cosine [ours]. It is taken at the update's
     midpoint, so that the first is not 0."""
-    progress = (update + 0.5) / max(1, updates)  # LambdaLR asks at once, even if updates is 0
+    progress = (update + 0.5) / max(1, updates)  # LambdaLR calls this even if updates is 0
     if progress < 0.15:
         return progress / 0.15
     return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
@@ -371,7 +372,7 @@ def update_weights(gans, loss_d, loss_g, optimizer, schedule):
     """One update of GANs, in place. Discriminators get the gradient of loss_d alone, generators
     that of loss_g alone. Both are taken before any weight changes [ours]; GANs often update D
     first."""
-    g_params = [p for gan in gans for p in gan.g.parameters() if p.requires_grad]
+    g_params = [p for gan in gans for p in gan.g.parameters() if p.requires_grad]  # else frozen
     optimizer.zero_grad()
     loss_d.backward()  # reaches discriminators alone, since x_hat is detached in it
     loss_g.backward(inputs=g_params)  # without inputs, discriminators would get its gradient, too

@@ -4,7 +4,6 @@
 #   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs bash run_all.sh [flags of pkdgan.py]
 set -u # a variable that is not set is an error
 set -f # a * in the name of a class stays one
-set -m # xargs and its runs are a process group, which "kill %1" ends
 
 for flag in "$@"; do
   case ${flag%%=*} in # --seed=3 is --seed
@@ -40,7 +39,8 @@ unfinished_runs() { # the flags of each, and its folder last
 }
 
 train() { # FLAGS... FOLDER: one run, whose output goes into FOLDER.log
-  folder=${!#} # the last argument
+  folder=${@: -1} # the last argument
+  trap '' PIPE # the runs go on if nobody reads the names of the folders any more
   if python "$program" "$@" >"$folder.log" 2>&1; then
     echo "$folder"
   else
@@ -52,8 +52,11 @@ export program
 export -f train
 
 trap 'kill %1 2>/dev/null; exit 130' INT TERM HUP
-# Each run has eight arguments of unfinished_runs; xargs has JOBS runs go on at a time.
+# Each run has eight arguments of unfinished_runs; xargs has JOBS runs go on at a time. By set -m,
+# xargs and its runs are a process group, which kill %1 ends.
+set -m
 unfinished_runs | xargs -0 -r -n 8 -P "${JOBS:-1}" bash -c 'train "$@"' train "$@" &
+set +m
 failed=0
 wait %1 || failed=1
 python "$program" --table "$out" || failed=1

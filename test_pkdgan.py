@@ -1636,6 +1636,14 @@ def test_run_all_ends_with_all_its_runs(number, tmp_path):
     assert len(calls(tmp_path)) == 2 and not any(map(alive, running))
 
 
+def test_run_all_goes_on_if_nobody_reads_what_it_prints(tmp_path):
+    """As with `| tee log` after the terminal is gone."""
+    started = run_all(tmp_path, NORMALS="0 1 2 3", start=subprocess.Popen)
+    started.stdout.close()
+    started.communicate(timeout=60)
+    assert len(runs_of(tmp_path)) == 4
+
+
 @in_background
 def test_run_all_with_the_real_program(tmp_path):
     """A run, a failed one and the tables."""
