@@ -866,14 +866,19 @@ class Progress:
             self.began = monotonic()
 
 
-def pca_auroc(task):
-    """AUROC in percent of PCA's reconstruction error (90 % of the variance, at 32 x 32): what a
-    detector without any training of nets reaches."""
-    x = F.adaptive_avg_pool2d(task.x, 32).flatten(1).cpu()
-    x_test = F.adaptive_avg_pool2d(task.x_test, 32).flatten(1).cpu()
+def pca_scores(task):
+    """The scores of x_test by a baseline without nets, and their p-values: PCA's reconstruction
+    error (90 % of the variance, at 32 x 32), compared with that of the held-out images."""
+    x, x_held, x_test = [
+        F.adaptive_avg_pool2d(images, 32).flatten(1).cpu()
+        for images in (task.x, task.x_held, task.x_test)
+    ]
+    x_new = torch.cat([x_held, x_test])
     pca = decomposition.PCA(0.9, svd_solver="covariance_eigh").fit(x)
-    errors = x_test - torch.tensor(pca.inverse_transform(pca.transform(x_test)))
-    return auroc(errors.square().sum(1), task.y_test)
+    errors = x_new - torch.tensor(pca.inverse_transform(pca.transform(x_new)))
+    held_out_scores, scores = errors.square().sum(1).split([len(x_held), len(x_test)])
+    below = torch.searchsorted(held_out_scores.sort().values, scores)
+    return scores, (1 + len(x_held) - below).double() / (1 + len(x_held))
 
 
 def cost(gan, x):
@@ -905,18 +910,21 @@ def table_of_kinds(task, scores, p_values, held_out):
 
 def evaluate(nets, scores, detector, task, options):
     """A run's figures, as they stand in result.json. scores: those of the test images, by stage."""
-    detector_scores, p_values = detect(detector, task.x_test)
-    result = {"auroc": {}, "auroc_detector": None, "baselines": {}}
+    held_out = len(task.x_held)
+    result = {"auroc": {}, "auroc_detector": None, "baselines": {}, "kinds": {}, "kinds_pca": {}}
+    if len(task.x_test):
+        detector_scores, detector_p_values = detect(detector, task.x_test)
+        scores_of_pca, p_values_of_pca = pca_scores(task)
+        result["kinds"] = table_of_kinds(task, detector_scores, detector_p_values, held_out)
+        result["kinds_pca"] = table_of_kinds(task, scores_of_pca, p_values_of_pca, held_out)
     if len(set(task.y_test)) == 2:
         for stage in scores:
             result["auroc"][stage] = auroc(scores[stage], task.y_test)
         if "student_alone" in scores:
             result["auroc"]["gain"] = result["auroc"]["step2"] - result["auroc"]["student_alone"]
         result["auroc_detector"] = auroc(detector_scores, task.y_test)
-        result["baselines"]["pca"] = pca_auroc(task)
-    held_out = len(task.x_held)
+        result["baselines"]["pca"] = auroc(scores_of_pca, task.y_test)
     result["images"] = {"train": len(task.x), "held_out": held_out, "test": len(task.x_test)}
-    result["kinds"] = table_of_kinds(task, detector_scores, p_values, held_out)
     # A score is flagged if it is higher than the rank-th highest of the held-out ones. (Rounded,
     # since 0.29 * 100 is 28.999999999999996.)
     rank = int(round(options.alpha * (1 + held_out), 6))
@@ -936,6 +944,20 @@ def print_columns(name, values):
     print(f"{name:13}" + "".join(f"{value:>7}" for value in values))
 
 
+def print_kinds(name, table, result):
+    """Print a table of kinds: that of the detector or of PCA, by name."""
+    alphas = ALPHAS if result["images"]["held_out"] else []
+    title = f"{name} by kind of test image ({result['normal']} is normal)"
+    if alphas:
+        title += ", % flagged at alpha"
+    print(f"\n{title}:")
+    print_columns("kind", ["images", "AUROC", *alphas])
+    for kind, row in table.items():
+        area = "-" if row["auroc"] is None else f"{row['auroc']:.2f}"
+        flagged = [row["flagged"].get(str(a), "-") for a in alphas]
+        print_columns(kind, [row["images"], area, *flagged])
+
+
 def print_result(result):
     """Print what a run found."""
     if result["auroc"]:
@@ -950,23 +972,16 @@ def print_result(result):
     print(f"The teacher takes {result['ratio']:.0f} times as many FLOPs as the student.")
 
     held_out, alpha = result["images"]["held_out"], result["alpha"]
-    alphas = ALPHAS if held_out else []
     if result["kinds"]:
-        title = f"The detector by kind of test image ({result['normal']} is normal)"
-        if alphas:
-            title += ", % flagged at alpha"
-        print(f"\n{title}:")
-        print_columns("kind", ["images", "AUROC", *alphas])
-    for kind, row in result["kinds"].items():
-        area = "-" if row["auroc"] is None else f"{row['auroc']:.2f}"
-        flagged = [row["flagged"].get(str(a), "-") for a in alphas]
-        print_columns(kind, [row["images"], area, *flagged])
+        print_kinds("The detector", result["kinds"], result)
     if result["threshold"] is None:
         print(too_few_message(alpha, held_out))
     else:
         low, high = result["false_alarms"]
         print(f"{held_out} held out: alpha {alpha} flags scores above {result['threshold']:.4g},")
         print(f"{low:.0f} to {high:.0f} % of new normal images (nine times in ten).")
+    if result["kinds_pca"] and held_out:
+        print_kinds("PCA", result["kinds_pca"], result)
 
 
 def four_of(items):

@@ -656,10 +656,13 @@ def test_an_unknown_flag_is_refused(flag, capsys):
 
 def test_pca_knows_images_unlike_the_training_images():
     x = images(1, 32) * torch.linspace(-1, 1, 120).view(-1, 1, 1, 1)
-    other = images(1, 32, seed=1) * torch.linspace(2, 4, 20).view(-1, 1, 1, 1)
-    x_test, y = torch.cat([x[100:], other]), torch.arange(40) > 19
-    assert pk.pca_auroc(SimpleNamespace(x=x[:100], x_test=x_test, y_test=y)) == 100
-    assert pk.pca_auroc(SimpleNamespace(x=x[:100], x_test=x_test, y_test=~y)) == 0
+    other = images(1, 32, seed=1) * torch.tensor([1.0, 2.0, 3.0, 4.0]).view(-1, 1, 1, 1)
+    x_test, y = torch.cat([x[100:], other[1:]]), torch.arange(23) > 19
+    scores, p_values = pk.pca_scores(SimpleNamespace(x=x[:100], x_held=x[:0], x_test=x_test))
+    assert pk.auroc(scores, y) == 100 and torch.equal(p_values, torch.ones(23).double())
+    held_out = torch.cat([x[100:103], other[2:3]])  # one scores higher than one of the anomalies
+    scores, p_values = pk.pca_scores(SimpleNamespace(x=x[:100], x_held=held_out, x_test=x_test))
+    assert p_values[-3:].tolist() == [2 / 5, 2 / 5, 1 / 5] and (p_values[:-3] >= 2 / 5).all()
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -964,10 +967,13 @@ def test_a_run_prints_and_writes_what_it_found(digits_run):
     assert result["params"]["student"] < result["params"]["teacher"]
     assert result["images"] == {"train": 71, "held_out": 48, "test": 599}
     assert result["settings"] == asdict(pk.parse(FAST)[2]) and result["version"] == pk.VERSION
-    for kind, row in result["kinds"].items():
-        area = "-" if kind == "0" else f"{row['auroc']:.2f}"
-        flagged = f"- {row['flagged']['0.05']} {row['flagged']['0.1']}"  # .01 is out of reach
-        assert f"{kind} {task.kinds.count(kind)} {area} {flagged}".split() in rows
+    of_detector, of_pca = stdout.split("\nPCA by kind of test image (0 is normal), % flagged")
+    for table, printed in ((result["kinds"], of_detector), (result["kinds_pca"], of_pca)):
+        rows = [line.split() for line in printed.splitlines()]
+        for kind, row in table.items():
+            area = "-" if kind == "0" else f"{row['auroc']:.2f}"
+            flagged = f"- {row['flagged']['0.05']} {row['flagged']['0.1']}"  # .01 is out of reach
+            assert f"{kind} {task.kinds.count(kind)} {area} {flagged}".split() in rows
     assert "48 held out: alpha 0.05 flags scores above" in stdout
     assert names_in(folder) == sorted(pk.FILES) and f"--score '{folder}/student.pt' " in lines[-1]
 
@@ -1137,7 +1143,6 @@ def test_a_stop_in_the_export_leaves_no_mix_of_runs(earlier, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.export, "export", stopped)
-    monkeypatch.setattr(pk, "pca_auroc", lambda task: 50.0)
     assert exit_code(*IDLE, "--normal", "0", "--out", tmp_path) == 130
     assert "interrupted" in one_line(capsys.readouterr().err)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == earlier
