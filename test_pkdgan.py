@@ -1,5 +1,6 @@
 """Tests of pkdgan.py and run_all.sh: offline, a minute on two cores, by `pytest`. First the method,
-by values found by hand and code written a second time from the equations, then the program."""
+by values found by hand and code written a second time from the equations, then the program, some
+of whose tests need Linux."""
 
 import contextlib
 import hashlib
@@ -10,7 +11,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import runpy
 import shutil
 import signal
@@ -1178,6 +1178,8 @@ def test_a_signal_a_full_disk_and_a_closed_pipe_leave_no_file(tmp_path):
     stderr = process.communicate(timeout=60)[1]
     assert stderr == "pkdgan.py: interrupted; no file of the run is half-written\n"
     assert process.returncode == 130
+    import resource  # Windows has none
+
     limit = [10_000] * 2  # bytes a file may have: less than a student.pt
     full = started(before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     piped = started("--teacher-updates", "2000")
@@ -1627,15 +1629,15 @@ def alive(process):
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_run_all_ends_with_all_its_runs(number, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_run_all_ends_with_all_its_runs(name, tmp_path):
     started = run_all(tmp_path, "--slow", JOBS="2", NORMALS="0 1 2 3", start=subprocess.Popen)
     while len(calls(tmp_path)) < 2:
         assert started.poll() is None
         time.sleep(0.01)
     running = [words[0] for words in calls(tmp_path)]
     assert all(map(alive, running))
-    started.send_signal(number)
+    started.send_signal(getattr(signal, name))
     assert "tables" not in started.communicate(timeout=20)[0] and started.returncode != 0
     time.sleep(0.5)
     assert len(calls(tmp_path)) == 2 and not any(map(alive, running))
