@@ -372,7 +372,8 @@ def update_weights(gans, loss_d, loss_g, optimizer, schedule):
     """One update of GANs, in place. Discriminators get the gradient of loss_d alone, generators
     that of loss_g alone. Both are taken before any weight changes [ours]; GANs often update D
     first."""
-    g_params = [p for gan in gans for p in gan.g.parameters() if p.requires_grad]  # else frozen
+    # (Parameters that are frozen by requires_grad_(False) would be refused as inputs.)
+    g_params = [p for gan in gans for p in gan.g.parameters() if p.requires_grad]
     optimizer.zero_grad()
     loss_d.backward()  # reaches discriminators alone, since x_hat is detached in it
     loss_g.backward(inputs=g_params)  # without inputs, discriminators would get its gradient, too
@@ -447,9 +448,10 @@ def train_step1(student, teacher, x, settings, report=None):
 
 
 def step2_losses(student, teacher, images, settings):
-    """The losses of step 2 (for both discriminators, for both generators). One sum is enough for
-    both nets: what comes from the teacher is detached in the student's losses, so no loss of one
-    has a gradient for the other. Distillation moves the student only."""
+    """The losses of step 2 (for both discriminators, for both generators) on images (B, C, size,
+    size), for update_weights(). One sum is enough for both nets: what comes from the teacher is
+    detached in the student's losses, so no loss of one has a gradient for the other. Distillation
+    moves the student only."""
     out_t = teacher.g(images)
     out_s = student.g(images)
     distill_loss_d, distill_loss_g = distillation_losses(student, out_t, out_s, settings)
