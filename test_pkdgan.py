@@ -1385,13 +1385,16 @@ def test_pca_by_the_readme_flags_what_is_unlike_the_good_images(tmp_path, monkey
     x = 0.5 + images(51, 32, 3) / 20  # grey, with a little noise
     for n in range(50):
         TF.to_pil_image(x[n]).save(f"parts/train/good/{n:02}.png")
-    TF.to_pil_image(x[50]).save("alike.png")
-    TF.to_pil_image(0.5 + images(1, 32, 3)[0] / 2).save("unlike.png")
-    Path("pca.py").write_text(python_block("PCA(0.9)"))
-    monkeypatch.setattr(sys, "argv", ["pca.py", "alike.png", "unlike.png"])
+    Path("new").mkdir()
+    TF.to_pil_image(x[50]).save("new/alike.png")
+    TF.to_pil_image(0.5 + images(1, 32, 3)[0] / 2).save("new/unlike.png")
+    script = python_block("PCA(0.9)")
+    assert "0.05" in script
+    Path("pca.py").write_text(script.replace("0.05", "0.1"))
     runpy.run_path("pca.py")
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows] == ["alike.png", "unlike.png"]
+    assert [Path(row[0]).name for row in rows] == ["alike.png", "unlike.png"]
+    assert [row[3] for row in rows] == ["-", "anomaly"]
     alike, unlike = [float(row[2]) for row in rows]
     assert unlike == pytest.approx(1 / 11, abs=1e-4)  # 10 are held out
     assert alike > 0.2
