@@ -4,7 +4,7 @@
     python pkdgan.py --dataset mnist --normal 3      # some ten minutes: about 96
     python pkdgan.py --dataset cifar10 --normal 3    # some twenty minutes; --help has the flags
 
-It needs Python 3.10, torch 2.6, torchvision 0.21 and scikit-learn 1.5, or newer.
+It needs Python 3.10, torch 2.6, torchvision 0.21, scikit-learn 1.5, Pillow 10.1, or newer.
 
 The method is that of Zhang, Chen, Sun: "P-KDGAN: Progressive Knowledge Distillation with GANs for
 One-class Novelty Detection", IJCAI 2020 (arXiv 2007.06963). We did not have its text. [paper] means
@@ -12,7 +12,7 @@ that its abstract, its follow-up's (arXiv 2109.07295), Papers with Code or a sec
 says so; [ours] means that we decided it. What comes from elsewhere is cited.
 
 A GAN has a generator G and a discriminator D. It sees images x of one normal class only. G
-learns to rebuild the image, and from the rebuilt image its code:
+learns to rebuild an image from its code, and then the code from the rebuilt image:
 
     x --encode--> z --decode--> x_hat --encode_again--> z_hat
 
@@ -55,10 +55,10 @@ once over both steps together. So step 2 is a fine-tuning [ours]: with the lengt
 at about a tenth of the peak. Summed over updates, the student's rates in step 2 are 1 to 2 % of
 those in step 1.
 
-The AUROCs of the four stages are those of the score above. For use, the program saves a Detector
-[ours]: step 2's student with a Mahalanobis score.
+The program prints an AUROC of each stage, by the score above. For use, it saves a Detector [ours]:
+step 2's student with a Mahalanobis score.
 
-The method ends at the line "# ====". Pasted alone, it trains, with torch and nothing else:
+The method ends at the line "# ====". What stands above it trains by itself, with torch alone:
 
     nets = train_stages(x, EXPERIMENTS["mnist"])    # x: normal images (N, C, 32, 32) in [-1, 1]
     scores = score(nets["step2"], x_new)            # (N,), high is anomalous
@@ -383,9 +383,10 @@ def update_weights(gans, loss_d, loss_g, optimizer, schedule):
 
 def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
     """After each tenth of a stage's updates, check that the losses are finite, and call
-    report(stage, gan, update, updates, loss_d, loss_g) if there is a report. Not oftener: .item()
-    waits for a GPU. The losses are the weighted sums that update_weights() gets: in step 2 they
-    contain the teacher's. Raises FloatingPointError for a loss that is not finite."""
+    report(stage, gan, update, updates, loss_d, loss_g) if there is a report. More often would be
+    slower, since .item() waits for a GPU. The losses are the weighted sums that update_weights()
+    gets: in step 2 they contain the teacher's. Raises FloatingPointError for a loss that is not
+    finite."""
     tenth = (10 * update) // updates
     previous_tenth = (10 * (update - 1)) // updates
     if tenth == previous_tenth:
@@ -451,7 +452,10 @@ def step2_losses(student, teacher, images, settings):
     """The losses of step 2 (for both discriminators, for both generators) on images (B, C, size,
     size), for update_weights(). One sum is enough for both nets: what comes from the teacher is
     detached in the student's losses, so no loss of one has a gradient for the other. Distillation
-    moves the student only."""
+    moves the student only.
+
+    Nets of your own need a g that gives Generated and a d that gives logits and features, as GAN
+    has them, and no batch normalisation: a discriminator is called several times here."""
     out_t = teacher.g(images)
     out_s = student.g(images)
     distill_loss_d, distill_loss_g = distillation_losses(student, out_t, out_s, settings)
@@ -594,7 +598,8 @@ class Task:
     evaluation_images: str  # a hash of x_held, x_test and kinds
 
 
-IMAGE_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+FORMATS = Image.registered_extensions().items()
+IMAGE_SUFFIXES = {suffix for suffix, name in FORMATS if name in Image.OPEN}
 
 
 def image_files(folder, inside=()):
@@ -976,9 +981,9 @@ def print_result(result):
     held_out, alpha = result["images"]["held_out"], result["alpha"]
     if result["kinds"]:
         print_kinds("The detector", result["kinds"], result)
-    if result["threshold"] is None:
+    if held_out and result["threshold"] is None:
         print(too_few_message(alpha, held_out))
-    else:
+    elif held_out:
         low, high = result["false_alarms"]
         print(f"{held_out} held out: alpha {alpha} flags scores above {result['threshold']:.4g},")
         print(f"{low:.0f} to {high:.0f} % of new normal images (nine times in ten).")
@@ -1055,7 +1060,7 @@ def read_result(file):
     """The content of a result.json; None, and a line on stderr, if it is no run's."""
     try:
         result = json.loads(file.read_text())
-        if not {"version", "settings", "auroc"} <= result.keys():
+        if not {"version", "settings", "auroc", "source"} <= result.keys():
             raise ValueError("it is of no run")
         return result
     except (OSError, ValueError, AttributeError) as error:
@@ -1272,16 +1277,14 @@ def print_tables(folder):
         result = read_result(file)
         if result is None or not result["auroc"]:
             continue
-        if "source" not in result:
-            warn(f"{file} is of version {result['version']}: left out")
-            continue
         figures = dict(result["auroc"])
         figures["detector"], figures["PCA"] = result["auroc_detector"], result["baselines"]["pca"]
         rows = tables.setdefault(table_title(result), {})
         runs = rows.setdefault(result["normal"], {})
         if result["seed"] in runs:
             warn(f"{file} is the second of its class, seed and settings: left out")
-        runs.setdefault(result["seed"], figures)
+            continue
+        runs[result["seed"]] = figures
     if not tables:
         raise OSError(f"no results with an AUROC in {folder}")
     columns = [*STAGES, "gain", "detector", "PCA"]

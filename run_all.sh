@@ -19,6 +19,10 @@ if [ $# -gt 0 ]; then
 fi
 mkdir -p "$out" || exit 1
 
+finished() { # FOLDER
+  [ -f "$1/result.json" ] && [ -f "$1/student.pt" ]
+}
+
 train() { # FOLDER FLAGS...: one run, whose output goes into FOLDER.log
   folder=$1
   shift
@@ -42,14 +46,14 @@ for dataset in ${DATASETS:-mnist fmnist cifar10}; do
   for seed in ${SEEDS:-0}; do
     for normal in ${NORMALS:-0 1 2 3 4 5 6 7 8 9}; do
       folder=$out/$dataset-${normal//\//-}-seed$seed
-      if [ -f "$folder/result.json" ] && [ -f "$folder/student.pt" ]; then
+      if finished "$folder"; then
         continue
       fi
       while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do
         sleep 0.2
       done
       started+=("$folder")
-      set -m # each run is a process group, for stop(); but not sleep, so that it hears Ctrl-C
+      set -m # each run becomes a process group; sleep stays in ours, which Ctrl-C reaches
       train "$folder" "$@" --dataset "$dataset" --normal "$normal" --seed "$seed" --out "$folder" &
       set +m
     done
@@ -59,7 +63,5 @@ wait
 
 python "$program" --table "$out" || exit 1
 for folder in "${started[@]}"; do
-  if ! [ -f "$folder/result.json" ]; then
-    exit 1 # one has failed
-  fi
+  finished "$folder" || exit 1
 done
