@@ -95,9 +95,7 @@ class Settings:
     step1_updates: int = setting(1800, "updates of step 1")
     step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
-    # the peak learning rates. Both steps share one schedule, whose peak lies in step 1: step 2
-    # begins at about a tenth of these rates (with these defaults, its student at 2e-4, its teacher
-    # at 2e-5).
+    # the peak learning rates. Both steps share one schedule, whose peak lies in step 1.
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
     lr_step2_teacher: float = setting(2e-4, "step 2's teacher: it begins at about a tenth of this")
