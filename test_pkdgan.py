@@ -1621,6 +1621,13 @@ def test_run_all_two_at_a_time_names_what_failed(tmp_path):
     assert len(runs_of(tmp_path)) == 6 and done.stdout.splitlines()[-1] == "the tables"
 
 
+def test_run_all_fails_if_a_run_fails_whose_earlier_result_is_still_there(tmp_path):
+    folder = tmp_path / "my runs" / "digits-99-seed0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").touch()  # but student.pt is lost
+    assert run_all(tmp_path, NORMALS="99").returncode == 1
+
+
 def alive(process):
     with contextlib.suppress(FileNotFoundError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
