@@ -47,8 +47,8 @@ from the teacher, updating G and D at once, and the schedule.
 
 By default, the four stages take 700, 2,160, 1,800 and 360 updates (digits: fewer). The student
 alone is the baseline: the same net, from the same initial weights, trained for as many updates as
-both steps [ours]. Step 2 goes on with step 1's student (its G and its D) and with the trained
-teacher, but with a new Adam.
+both steps together [ours]. Step 2 goes on with step 1's student (its G and its D) and with the
+trained teacher, but with a new Adam.
 
 The learning rates rise, then fall to zero: once for the teacher, once for the student alone, and
 once over both steps together. So step 2 is a fine-tuning [ours]: with the lengths below, it begins
@@ -58,7 +58,7 @@ those in step 1.
 The program prints an AUROC of each stage, by the score above. For use, it saves a Detector [ours]:
 step 2's student with a Mahalanobis score.
 
-The method ends at the line "# ====". What stands above it trains by itself, with torch alone:
+The method ends at the line "# ====". What stands above it needs torch alone:
 
     nets = train_stages(x, EXPERIMENTS["mnist"])    # x: normal images (N, C, 32, 32) in [-1, 1]
     scores = score(nets["step2"], x_new)            # (N,), high is anomalous
@@ -98,7 +98,7 @@ class Settings:
     # the peak learning rates. Both steps share one schedule, whose peak lies in step 1.
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
-    lr_step2_teacher: float = setting(2e-4, "step 2's teacher: it begins at about a tenth of this")
+    lr_step2_teacher: float = setting(2e-4, "step 2's teacher: a peak, it begins at a tenth of it")
     # the weights of the losses
     w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
     w_con: float = setting(1.0, "weight of a GAN's contextual loss")
@@ -117,6 +117,7 @@ class Settings:
 #   lr_student, w_con             on a validation split of the training images, with earlier nets
 #   step2_updates, kd_residual    on that split, with these nets
 #   batch                         on test images, with a prototype
+#   lr_teacher                    about 0.032 / teacher_width
 EXPERIMENTS = {
     "digits": Settings(  # 230; small, to try the program
         student_width=1,
@@ -368,8 +369,8 @@ def new_optimizer_and_schedule(gans_and_rates, start, length):
 
 def update_weights(gans, loss_d, loss_g, optimizer, schedule):
     """One update of GANs, in place. Discriminators get the gradient of loss_d alone, generators
-    that of loss_g alone. Both are taken before any weight changes [ours]; GANs often update D
-    first."""
+    that of loss_g alone. Both are taken before any weight changes [ours]. GANs often update D
+    first: loss_g has then to be computed anew, since it depends on D."""
     # (Parameters that are frozen by requires_grad_(False) would be refused as inputs.)
     g_params = [p for gan in gans for p in gan.g.parameters() if p.requires_grad]
     optimizer.zero_grad()
@@ -381,7 +382,7 @@ def update_weights(gans, loss_d, loss_g, optimizer, schedule):
 
 def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
     """After each tenth of a stage's updates, check that the losses are finite, and call
-    report(stage, gan, update, updates, loss_d, loss_g) if there is a report. More often would be
+    report(stage, gan, update, updates, loss_d, loss_g) unless it is None. More often would be
     slower, since .item() waits for a GPU. The losses are the weighted sums that update_weights()
     gets: in step 2 they contain the teacher's. Raises FloatingPointError for a loss that is not
     finite."""
@@ -423,23 +424,29 @@ def train_gan(stage, gan, x, rate, updates, settings, report=None):
         check_and_report(stage, gan, update, updates, loss_d, loss_g, report)
 
 
+@torch.no_grad()
+def generate_all(gan, x):
+    """What a GAN's generator makes of all images x, without a graph: Generated."""
+    outs = [gan.g(batch) for batch in small_batches(x)]
+    return Generated(
+        z=torch.cat([out.z for out in outs]),
+        x_hat=torch.cat([out.x_hat for out in outs]),
+        z_hat=torch.cat([out.z_hat for out in outs]),
+    )
+
+
 def train_step1(student, teacher, x, settings, report=None):
     """Step 1: the student learns from the frozen teacher alone, in place."""
-    # What a frozen teacher makes of an image never changes: it is made once, without a graph, and
-    # kept, which takes the memory of x and of its codes. (The teacher costs tens to hundreds of
-    # times as much as the student.)
-    with torch.no_grad():
-        outs = [teacher.g(batch) for batch in small_batches(x)]
-    z_t = torch.cat([out.z for out in outs])
-    x_hat_t = torch.cat([out.x_hat for out in outs])
-    z_hat_t = torch.cat([out.z_hat for out in outs])
+    # What a frozen teacher makes of an image never changes. So it is made once, and kept: the
+    # teacher costs tens to hundreds of times as much as the student.
+    all_t = generate_all(teacher, x)
 
     updates = settings.step1_updates
     both_steps = settings.step1_updates + settings.step2_updates
     gans_and_rates = [(student, settings.lr_student)]
     optimizer, schedule = new_optimizer_and_schedule(gans_and_rates, start=0, length=both_steps)
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
-        out_t = Generated(z_t[indices], x_hat_t[indices], z_hat_t[indices])
+        out_t = Generated(all_t.z[indices], all_t.x_hat[indices], all_t.z_hat[indices])
         out_s = student.g(x[indices])
         loss_d, loss_g = distillation_losses(student, out_t, out_s, settings)
         update_weights([student], loss_d, loss_g, optimizer, schedule)
@@ -453,7 +460,8 @@ def step2_losses(student, teacher, images, settings):
     moves the student only.
 
     Nets of your own need a g that gives Generated and a d that gives logits and features, as GAN
-    has them, and no batch normalisation: a discriminator is called several times here."""
+    has them, and no batch normalisation: d sees real and fake images in calls of their own, whose
+    statistics would differ."""
     out_t = teacher.g(images)
     out_s = student.g(images)
     distill_loss_d, distill_loss_g = distillation_losses(student, out_t, out_s, settings)
@@ -563,6 +571,11 @@ DESCRIPTION = """Learn from images of one normal class, and score any image by h
 
 class UsageError(Exception):
     """What the command line asks for is not possible: the exit code is 2."""
+
+
+def warn(message):
+    """Print a line on stderr."""
+    print(f"pkdgan.py: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 @dataclass
@@ -1375,11 +1388,6 @@ def parse(argv):
     options, settings = values_from(args, options, parser), values_from(args, settings, parser)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return args, options, settings
-
-
-def warn(message):
-    """Print a line on stderr."""
-    print(f"pkdgan.py: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def main(argv):
