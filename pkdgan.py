@@ -301,7 +301,7 @@ def gan_losses(gan, x, out, settings):
     GANomaly's, with our weights [ours].
 
     loss_d has gradients for D alone. loss_g depends on D's parameters, too: take its gradients for
-    G's alone, as update_weights() does."""
+    G's alone, by loss_g.backward(inputs=list(gan.g.parameters())), as update_weights() does."""
     # ---- D: minimise L_D; x is real, x_hat is fake, and detached: L_D does not move G
     logit_x, f_x = gan.d(x)
     logit_x_hat, _ = gan.d(out.x_hat.detach())
@@ -357,8 +357,8 @@ def rate_factor(update, updates):
 
 def new_optimizer_and_schedule(gans_and_rates, start, length):
     """One Adam for all GANs of a stage, each with its own peak learning rate, and the schedule of
-    these rates: it has length updates in all, and the stage begins at the one numbered start. The
-    betas are DCGAN's; fused changes only the speed."""
+    these rates, which spans length updates; the stage begins at update start of it. The betas are
+    DCGAN's; fused changes only the speed."""
     groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in gans_and_rates]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
