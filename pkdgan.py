@@ -1374,9 +1374,10 @@ def parse(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    modes = parser.add_argument_group("instead of training")
+    group = parser.add_argument_group("instead of training")
+    group.add_argument("images", metavar="IMAGES", nargs="*", help="of --score")
+    modes = group.add_mutually_exclusive_group()
     modes.add_argument("--score", metavar="STUDENT.PT", help="score IMAGES: files and folders")
-    modes.add_argument("images", metavar="IMAGES", nargs="*", help="of --score")
     modes.add_argument("--table", metavar="FOLDER", help="print the results of a folder of runs")
     add_flags(parser.add_argument_group("a run"), options)
     add_flags(parser.add_argument_group(f"the method, with the values of {dataset}"), settings)

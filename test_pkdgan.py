@@ -872,6 +872,7 @@ BAD_INPUT = [  # exit code, words of the message, flags
     (2, ["--normal cat", "0", "9", "--dataset folder"], ["--normal", "cat"]),
     (2, ["--normal 12", "digits"], ["--normal", "12"]),
     (2, ["--score STUDENT.PT", "x.png"], ["x.png"]),
+    (2, ["--score", "not allowed with", "--table"], ["--table", "folder", "--score", "x.pt"]),
     (2, ["--device nosuch"], ["--device", "nosuch"]),
     (2, ["--device cuda"], ["--device", "cuda"]),
     (1, ["no MNIST in", "none", "online"], ["--dataset", "mnist", "--data", "none"]),
