@@ -42,7 +42,7 @@ with r_s; the score is the length of r.
 
 The stages and who trains in each are [paper]. What the student's D tells apart in the two steps,
 the form of L_adv_kd, the student's own losses in step 2, L_residual and all weights are [ours].
-Also [ours], as marked below, are codes of one norm, instance normalisation, detaching what comes
+Also [ours], as marked below, are codes scaled to one norm, instance normalisation, detaching what comes
 from the teacher, updating G and D at once, and the schedule.
 
 By default, the four stages take 700, 2,160, 1,800 and 360 updates (digits: fewer). The student
@@ -95,10 +95,11 @@ class Settings:
     step1_updates: int = setting(1800, "updates of step 1")
     step2_updates: int = setting(360, "updates of step 2")
     batch: int = setting(64, "images in an update", low=1)
-    # the peak learning rates. Both steps share one schedule, whose peak lies in step 1.
+    # the peak learning rates. Both steps share one schedule, whose peak lies in step 1: step 2
+    # begins at a tenth of it.
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
-    lr_step2_teacher: float = setting(2e-4, "step 2's teacher: a peak, it begins at a tenth of it")
+    lr_step2_teacher: float = setting(2e-4, "learning rate of the teacher in step 2")
     # the weights of the losses
     w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
     w_con: float = setting(1.0, "weight of a GAN's contextual loss")
@@ -300,7 +301,7 @@ def gan_losses(gan, x, out, settings):
     """A GAN's own losses (for its D, for its G) on images x, given out = gan.g(x). They are
     GANomaly's, with our weights [ours].
 
-    loss_d has gradients for D alone. loss_g depends on D's parameters, too: take its gradients for
+    loss_d has gradients for D alone. loss_g depends on D's parameters, too: backpropagate it into
     G's alone, by loss_g.backward(inputs=list(gan.g.parameters())), as update_weights() does."""
     # ---- D: minimise L_D; x is real, x_hat is fake, and detached: L_D does not move G
     logit_x, f_x = gan.d(x)
@@ -346,38 +347,34 @@ def shuffled_batches(x, updates, settings):
 
 
 def rate_factor(update, updates):
-    """The factor on the peak learning rate in an update, counted from 0: it rises linearly over the
-    first 15 % of the updates, then falls to 0 as half a cosine [ours]. It is taken at the update's
-    midpoint, so that the first is not 0."""
-    progress = (update + 0.5) / max(1, updates)  # LambdaLR calls this even if updates is 0
+    """The factor on the peak learning rates in an update, counted from 1: it rises linearly over
+    the first 15 % of the updates, then falls to 0 as half a cosine [ours]. It is taken at the
+    update's midpoint, so that the first is not 0."""
+    progress = (update - 0.5) / updates
     if progress < 0.15:
         return progress / 0.15
     return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
 
 
-def new_optimizer_and_schedule(gans_and_rates, start, length):
-    """One Adam for all GANs of a stage, each with its own peak learning rate, and the schedule of
-    these rates, which spans length updates; the stage begins at update start of it. The betas are
+def new_optimizer(gans_and_rates):
+    """One Adam for all GANs of a stage, each with its own peak learning rate. The betas are
     DCGAN's; fused changes only the speed."""
-    groups = [{"params": gan.parameters(), "lr": rate} for gan, rate in gans_and_rates]
-    optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda update: rate_factor(start + update, length)
-    )
-    return optimizer, schedule
+    groups = [{"params": gan.parameters(), "peak_rate": rate} for gan, rate in gans_and_rates]
+    return torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
 
 
-def update_weights(gans, loss_d, loss_g, optimizer, schedule):
-    """One update of GANs, in place. Discriminators get the gradient of loss_d alone, generators
-    that of loss_g alone. Both are taken before any weight changes [ours]. GANs often update D
-    first: loss_g has then to be computed anew, since it depends on D."""
+def update_weights(gans, loss_d, loss_g, optimizer, factor):
+    """One update of GANs, in place, at peak rates times factor. Discriminators get the gradient of
+    loss_d alone, generators that of loss_g alone. Both are taken before any weight changes [ours].
+    GANs often update D first: loss_g has then to be computed anew, since it depends on D."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["peak_rate"]
     # (Parameters that are frozen by requires_grad_(False) would be refused as inputs.)
     g_params = [p for gan in gans for p in gan.g.parameters() if p.requires_grad]
     optimizer.zero_grad()
     loss_d.backward()  # reaches discriminators alone, since x_hat is detached in it
     loss_g.backward(inputs=g_params)  # without inputs, discriminators would get its gradient, too
     optimizer.step()
-    schedule.step()
 
 
 def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
@@ -397,13 +394,6 @@ def check_and_report(stage, gan, update, updates, loss_d, loss_g, report):
         report(stage, gan, update, updates, value_d, value_g)
 
 
-def small_batches(x):
-    """Images x in batches of at most 128 * 32 * 32 pixels (but at least one image): what the nets
-    make of a batch then takes little memory."""
-    pixels = x.shape[2] * x.shape[3]
-    return x.split(max(1, 128 * 32 * 32 // pixels))
-
-
 # ------------------------------------------------------------------------------------------- stages
 def new_gan(x, width, settings):
     """A GAN of a width for images like x. It seeds torch first: all students of a seed begin with
@@ -414,14 +404,23 @@ def new_gan(x, width, settings):
 
 
 def train_gan(stage, gan, x, rate, updates, settings, report=None):
-    """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone"."""
-    optimizer, schedule = new_optimizer_and_schedule([(gan, rate)], start=0, length=updates)
+    """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone", each
+    of which has a rate and updates of its own in the settings."""
+    optimizer = new_optimizer([(gan, rate)])
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         images = x[indices]
         out = gan.g(images)
         loss_d, loss_g = gan_losses(gan, images, out, settings)
-        update_weights([gan], loss_d, loss_g, optimizer, schedule)
+        factor = rate_factor(update, updates)
+        update_weights([gan], loss_d, loss_g, optimizer, factor)
         check_and_report(stage, gan, update, updates, loss_d, loss_g, report)
+
+
+def small_batches(x):
+    """Images x in batches of at most 128 * 32 * 32 pixels (but at least one image): what the nets
+    make of a batch then takes little memory."""
+    pixels = x.shape[2] * x.shape[3]
+    return x.split(max(1, 128 * 32 * 32 // pixels))
 
 
 @torch.no_grad()
@@ -443,13 +442,13 @@ def train_step1(student, teacher, x, settings, report=None):
 
     updates = settings.step1_updates
     both_steps = settings.step1_updates + settings.step2_updates
-    gans_and_rates = [(student, settings.lr_student)]
-    optimizer, schedule = new_optimizer_and_schedule(gans_and_rates, start=0, length=both_steps)
+    optimizer = new_optimizer([(student, settings.lr_student)])
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         out_t = Generated(all_t.z[indices], all_t.x_hat[indices], all_t.z_hat[indices])
         out_s = student.g(x[indices])
         loss_d, loss_g = distillation_losses(student, out_t, out_s, settings)
-        update_weights([student], loss_d, loss_g, optimizer, schedule)
+        factor = rate_factor(update, both_steps)  # the rates fall on through step 2
+        update_weights([student], loss_d, loss_g, optimizer, factor)
         check_and_report("step1", student, update, updates, loss_d, loss_g, report)
 
 
@@ -477,18 +476,20 @@ def train_step2(student, teacher, x, settings, report=None):
     """Step 2: student and teacher train on together, in place.
 
     By a second-hand summary, the paper compares with four ways to distil in a single step: with a
-    frozen or a moving teacher, with or without the student's own losses. For these, take a new
-    student and step1_updates = 0, step2_updates = alone_updates, kd_residual = 0;
-    lr_step2_teacher = 0 freezes the teacher, and w_own = 0 leaves out the student's own losses."""
+    frozen or a moving teacher, with or without the student's own losses. For these, call it with a
+    new student and step1_updates = 0, step2_updates = alone_updates, kd_residual = 0 (else the
+    rates would begin at a tenth of their peak); lr_step2_teacher = 0 freezes the teacher, and
+    w_own = 0 leaves out the student's own losses."""
     updates = settings.step2_updates
     both_steps = settings.step1_updates + settings.step2_updates
     start = settings.step1_updates
     gans_and_rates = [(student, settings.lr_student), (teacher, settings.lr_step2_teacher)]
-    optimizer, schedule = new_optimizer_and_schedule(gans_and_rates, start, length=both_steps)
+    optimizer = new_optimizer(gans_and_rates)
     batches = shuffled_batches(x, both_steps, settings)[start:]  # after step 1's
     for update, indices in enumerate(batches, start=1):
         loss_d, loss_g = step2_losses(student, teacher, x[indices], settings)
-        update_weights([student, teacher], loss_d, loss_g, optimizer, schedule)
+        factor = rate_factor(start + update, both_steps)  # the rates go on where step 1 ended
+        update_weights([student, teacher], loss_d, loss_g, optimizer, factor)
         check_and_report("step2", student, update, updates, loss_d, loss_g, report)
 
 
@@ -543,6 +544,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import signal
 import statistics
 import sys
@@ -656,15 +658,15 @@ def read_image(path, size):
 def load_folder(root, size):
     """The images in root/CLASS/, as MVTec AD has them: uint8 (N, 3, size, size), the class of each.
     Raises OSError."""
-    images = [torch.empty(0, 3, size, size, dtype=torch.uint8)]  # torch.cat() wants at least one
-    kinds = []
     files = image_files(root) if root.is_dir() else []
-    for file in files:
+    x = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    kinds = []
+    for index, file in enumerate(files):
         if file.parent == root:
             raise OSError(f"{file} is in no class: move it into a folder {root}/CLASS")
-        images.append(read_image(file, size)[None])
+        x[index] = read_image(file, size)
         kinds.append(file.relative_to(root).parts[0])
-    return torch.cat(images), kinds
+    return x, kinds
 
 
 def load_digits(split):
@@ -712,12 +714,15 @@ def load_split(options, split):
 def without_copies(x):
     """Images without those that equal an earlier one, which are counted on stderr. If an image were
     trained on and its copy held out, the p-values would be wrong."""
-    first = {}
+    seen, kept = set(), []
     for index, image in enumerate(x):
-        first.setdefault(image.numpy().tobytes(), index)
-    if len(first) < len(x):
-        warn(f"{len(x) - len(first)} training images equal another one: they are left out")
-    return x[list(first.values())]
+        pixels = image.numpy().tobytes()
+        if pixels not in seen:
+            seen.add(pixels)
+            kept.append(index)
+    if len(kept) < len(x):
+        warn(f"{len(x) - len(kept)} training images equal another one: they are left out")
+    return x[kept]
 
 
 def hash_of(*things):
@@ -838,7 +843,7 @@ def held_out_needed(alpha):
 def too_few_message(alpha, held_out):
     """What to tell the user if too few images are held out for verdicts at alpha."""
     needed = held_out_needed(alpha)
-    return f"no verdicts: alpha {alpha} needs {needed} held out (--holdout), {held_out} are"
+    return f"no verdicts: alpha {alpha} needs {needed} held out (--holdout), only {held_out} are"
 
 
 def false_alarms(rank, held_out):
@@ -938,7 +943,7 @@ def evaluate(nets, scores, detector, task, options):
     if len(set(task.y_test)) == 2:
         for stage in scores:
             result["auroc"][stage] = auroc(scores[stage], task.y_test)
-        if "student_alone" in scores:
+        if "student_alone" in scores and "step2" in scores:
             result["auroc"]["gain"] = result["auroc"]["step2"] - result["auroc"]["student_alone"]
         result["auroc_detector"] = auroc(detector_scores, task.y_test)
         result["baselines"]["pca"] = auroc(scores_of_pca, task.y_test)
@@ -971,9 +976,9 @@ def print_kinds(name, table, result):
     print(f"\n{title}:")
     print_columns("kind", ["images", "AUROC", *alphas])
     for kind, row in table.items():
-        area = "-" if row["auroc"] is None else f"{row['auroc']:.2f}"
+        auroc_text = "-" if row["auroc"] is None else f"{row['auroc']:.2f}"
         flagged = [row["flagged"].get(str(a), "-") for a in alphas]
-        print_columns(kind, [row["images"], area, *flagged])
+        print_columns(kind, [row["images"], auroc_text, *flagged])
 
 
 def print_result(result):
@@ -1004,7 +1009,8 @@ def print_result(result):
 
 def four_of(items):
     """At most four items, spread over a list: folders are sorted by class."""
-    return items[:: max(1, len(items) // 4)][:4]
+    n = min(4, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
 
 
 def draw_samples(nets, task):
@@ -1218,15 +1224,23 @@ def run(options, settings):
     began = monotonic()
     progress = Progress(task, stages)
     nets = train_stages(task.x, settings, progress.report, teacher)
-    scores = {stage: score(nets[stage], task.x_test).cpu() for stage in STAGES}
-    if settings.alone_updates == 0:  # an untrained net is no baseline
-        del scores["student_alone"]
+    updates = {
+        "teacher": settings.teacher_updates,
+        "student_alone": settings.alone_updates,
+        "step1": settings.step1_updates,
+        "step2": both_steps,
+    }
+    scores = {}
+    for stage in STAGES:
+        if updates[stage] > 0:  # the score of an untrained net would say nothing
+            scores[stage] = score(nets[stage], task.x_test).cpu()
     detector = make_detector(nets["step2"], task.x, task.x_held, settings)
     result = description | evaluate(nets, scores, detector, task, options)
     result |= {"seconds": monotonic() - began, "curve": progress.curve}
     print_result(result)
     save(folder, nets, scores, detector, task, description, result)
-    print(f"next: python pkdgan.py --score '{folder}/student.pt' --alpha {options.alpha} IMAGES")
+    student = shlex.quote(f"{folder}/student.pt")
+    print(f"next: python pkdgan.py --score {student} --alpha {options.alpha} IMAGES")
 
 
 def score_images(student, paths, alpha):
@@ -1270,9 +1284,10 @@ def table_title(result):
     are not told apart.)"""
     values, defaults = flattened(result), asdict(EXPERIMENTS[result["dataset"]])
     defaults |= {"version": VERSION, "size": 32, "holdout": 0.0, "teacher": ""}
+    title = result["source"]
     if result["dataset"] == "folder":
         defaults["holdout"] = HOLDOUT_OF_A_FOLDER
-    title = result["source"]
+        title = f"folder {title}"
     for name, default in defaults.items():
         if name != "seed" and values.get(name) != default:
             title += f", {name} {values.get(name)}"
@@ -1409,7 +1424,7 @@ def main(argv):
     except BrokenPipeError:  # "| head" has seen enough
         os._exit(1)  # sys.exit() would try to write again
     except KeyboardInterrupt:
-        warn("interrupted; no file of the run is half-written")
+        warn("interrupted; no file is half-written")
         return 130
     except UsageError as error:
         warn(error)
