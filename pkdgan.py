@@ -561,7 +561,7 @@ from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_imag
 
 VERSION = 9  # of the method and of the files: raised when earlier results become incomparable
 STAGES = ["teacher", "student_alone", "step1", "step2"]
-ALPHAS = [0.01, 0.05, 0.1]  # the shares of false alarms in the table of kinds
+ALPHAS = [0.01, 0.05, 0.1]  # the shares of false alarms in the table of kinds, beside --alpha
 HOLDOUT_OF_A_FOLDER = 0.2
 FILES = ["nets.pt", "student.pt", "student.pt2", "samples.png", "result.json"]  # result.json last
 DESCRIPTION = """Learn from images of one normal class, and score any image by how anomalous it is.
@@ -912,9 +912,9 @@ def cost(gan, x):
     return sum(weight.numel() for weight in gan.parameters()), counter.get_total_flops()
 
 
-def table_of_kinds(task, scores, p_values, held_out):
+def table_of_kinds(task, scores, p_values, alphas):
     """For each class in the test: the number of its images, the AUROC in percent of telling it from
-    the normal class, and the percentage flagged by alpha, as far as enough images are held out."""
+    the normal class, and the percentage flagged at each alpha for which enough are held out."""
     table = {}
     for kind in sorted(set(task.kinds)):
         is_kind = torch.tensor([k == kind for k in task.kinds])
@@ -923,8 +923,8 @@ def table_of_kinds(task, scores, p_values, held_out):
         if kind != task.normal and is_normal.any():
             both = is_kind | is_normal
             row["auroc"] = auroc(scores[both], is_kind[both])
-        for alpha in ALPHAS:
-            if held_out >= held_out_needed(alpha):
+        for alpha in alphas:
+            if len(task.x_held) >= held_out_needed(alpha):
                 flagged = (p_values[is_kind] <= alpha).double().mean()
                 row["flagged"][str(alpha)] = round(100 * flagged.item(), 1)
         table[kind] = row
@@ -936,10 +936,11 @@ def evaluate(nets, scores, detector, task, options):
     held_out = len(task.x_held)
     result = {"auroc": {}, "auroc_detector": None, "baselines": {}, "kinds": {}, "kinds_pca": {}}
     if len(task.x_test):
+        alphas = sorted({*ALPHAS, options.alpha})
         detector_scores, detector_p_values = detect(detector, task.x_test)
         scores_of_pca, p_values_of_pca = pca_scores(task)
-        result["kinds"] = table_of_kinds(task, detector_scores, detector_p_values, held_out)
-        result["kinds_pca"] = table_of_kinds(task, scores_of_pca, p_values_of_pca, held_out)
+        result["kinds"] = table_of_kinds(task, detector_scores, detector_p_values, alphas)
+        result["kinds_pca"] = table_of_kinds(task, scores_of_pca, p_values_of_pca, alphas)
     if len(set(task.y_test)) == 2:
         for stage in scores:
             result["auroc"][stage] = auroc(scores[stage], task.y_test)
@@ -969,7 +970,7 @@ def print_columns(name, values):
 
 def print_kinds(name, table, result):
     """Print a table of kinds: that of the detector or of PCA, by name."""
-    alphas = ALPHAS if result["images"]["held_out"] else []
+    alphas = sorted({*ALPHAS, result["alpha"]}) if result["images"]["held_out"] else []
     title = f"{name} by kind of test image ({result['normal']} is normal)"
     if alphas:
         title += ", % flagged at alpha"

@@ -1098,6 +1098,7 @@ LEFT_OUT = [  # updates of: teacher, student alone, step 1, step 2; what has fig
     ([2, 0, 2, 1], ["teacher", "step1", "step2"]),
     ([0, 0, 0, 3], ["step2"]),
     ([0, 2, 0, 0], ["student_alone"]),
+    ([2, 2, 0, 0], ["teacher", "student_alone"]),
     ([2, 3, 3, 0], ["teacher", "student_alone", "step1", "step2", "gain"]),
 ]
 
@@ -1235,16 +1236,19 @@ def test_table_of_kinds_by_hand():
     kinds = ["good"] * 4 + ["notch"] * 3 + ["scratch"] * 4
     p_values = of_scores(*torch.arange(1.0, 20.0).tolist())(*scores)
     task = SimpleNamespace(kinds=kinds, normal="good")
-    table = pk.table_of_kinds(task, scores, p_values, 19)
+    task.x_held = range(19)
+    table = pk.table_of_kinds(task, scores, p_values, pk.ALPHAS)
     assert list(table) == ["good", "notch", "scratch"]
     assert table["good"] == {"images": 4, "auroc": None, "flagged": {"0.05": 25, "0.1": 50}}
     assert table["notch"]["flagged"] == {"0.05": 33.3, "0.1": 33.3}  # .01 is out of reach
     assert table["scratch"]["flagged"] == {"0.05": 50, "0.1": 100}
     assert table["notch"]["auroc"] == pytest.approx(100 * 5.5 / 12)
     assert table["scratch"]["auroc"] == pytest.approx(100 * 13 / 16)
-    few = pk.table_of_kinds(task, scores, p_values, 8)
+    task.x_held = range(8)
+    few = pk.table_of_kinds(task, scores, p_values, pk.ALPHAS)
     assert few["good"]["flagged"] == {} and few["notch"]["auroc"] == table["notch"]["auroc"]
-    assert pk.table_of_kinds(SimpleNamespace(kinds=["a"], normal="b"), scores[:1], p_values[:1], 0)
+    no_normal = SimpleNamespace(kinds=["a"], normal="b", x_held=[])
+    assert pk.table_of_kinds(no_normal, scores[:1], p_values[:1], pk.ALPHAS)
 
 
 def test_how_many_held_out_an_alpha_needs():
@@ -1276,6 +1280,8 @@ def test_threshold_is_that_of_the_verdicts_or_too_few_are_held_out(alpha, rank, 
         assert f"no verdicts: alpha {alpha} needs 19 held out (--holdout), only 10 are" in stdout
         assert result["false_alarms"] is None and "0.05" not in result["kinds"]["8"]["flagged"]
     else:
+        assert str(alpha) in result["kinds_pca"]["8"]["flagged"]  # a column of its own
+        assert f"{alpha:>7}\n" in stdout
         threshold = result["threshold"]
         assert f"10 held out: alpha {alpha} flags scores above {threshold:.4g}," in stdout
         p_values = of_scores(*held_out.tolist())(threshold, threshold * 1.001)
