@@ -50,9 +50,10 @@ alone is the baseline: the same net, from the same initial weights, trained for 
 both steps together [ours]. Step 2 goes on with step 1's student (its G and its D) and with the
 trained teacher, but with a new Adam.
 
-The learning rates rise, then fall to zero: once for the teacher, once for the student alone, and
-once over both steps together. So step 2 is a fine-tuning [ours]: with the lengths below, it begins
-at about a tenth of the peak. Summed over updates, the student's rates in step 2 are 1 to 2 % of
+The learning rates rise over the first 15 % of the updates, then fall to zero as half a cosine: once
+for the teacher, once for the student alone, and once over both steps together. So step 2 is a
+fine-tuning [ours]: with the lengths below, its rates, the student's and the teacher's, begin at
+about a tenth of their peaks. Summed over updates, the student's rates in step 2 are 1 to 2 % of
 those in step 1.
 
 The program prints an AUROC of each stage, by the score above. For use, it saves a Detector [ours]:
