@@ -5,7 +5,7 @@
 # These variables stand for the flags --dataset, --normal, --seed and --out.
 for flag in "$@"; do
   case ${flag%%=*} in # --seed=3 is --seed
-    -h | --help | --dataset | --normal | --seed | --out)
+    -h | --help | --dataset | --normal | --seed | --out | --score | --table)
       sed -n '2,5s/^# //p' "$0" >&2 # the lines above
       exit 2
       ;;

@@ -1629,7 +1629,10 @@ def test_run_all_with_flags_has_a_folder_of_its_own(tmp_path):
     assert calls(tmp_path, "--table")[0][1:] == ["--table", out]
 
 
-@pytest.mark.parametrize("flags", [["--seed", "5"], ["--w-own", "0", "--dataset=mnist"], ["-h"]])
+REFUSED_FLAGS = [["--seed", "5"], ["--w-own", "0", "--dataset=mnist"], ["-h"], ["--table", "runs"]]
+
+
+@pytest.mark.parametrize("flags", REFUSED_FLAGS)
 def test_run_all_explains_itself_instead_of_taking_flags_that_its_loops_set(flags, tmp_path):
     """It would train on something else than the folder's name says."""
     done = run_all(tmp_path, *flags)
