@@ -42,8 +42,8 @@ with r_s; the score is the length of r.
 
 The stages and who trains in each are [paper]. What the student's D tells apart in the two steps,
 the form of L_adv_kd, the student's own losses in step 2, L_residual and all weights are [ours].
-Also [ours], as marked below, are codes scaled to one norm, instance normalisation, detaching what comes
-from the teacher, updating G and D at once, and the schedule.
+Also [ours], as marked below, are codes scaled to one norm, instance normalisation, detaching what
+comes from the teacher, updating G and D at once, and the schedule.
 
 By default, the four stages take 700, 2,160, 1,800 and 360 updates (digits: fewer). The student
 alone is the baseline: the same net, from the same initial weights, trained for as many updates as
