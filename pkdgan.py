@@ -12,7 +12,8 @@ that its abstract, its follow-up's (arXiv 2109.07295), Papers with Code or a sec
 says so; [ours] means that we decided it. What comes from elsewhere is cited.
 
 A GAN has a generator G and a discriminator D. It sees images x of one normal class only. G
-learns to rebuild an image from its code, and then the code from the rebuilt image:
+learns to encode an image as a vector, its code, to rebuild the image from the code, and then to
+encode the rebuilt image:
 
     x --encode--> z --decode--> x_hat --encode_again--> z_hat
 
@@ -53,8 +54,7 @@ trained teacher, but with a new Adam.
 The learning rates rise over the first 15 % of the updates, then fall to zero as half a cosine: once
 for the teacher, once for the student alone, and once over both steps together. So step 2 is a
 fine-tuning [ours]: with the lengths below, its rates, the student's and the teacher's, begin at
-about a tenth of their peaks. Summed over updates, the student's rates in step 2 are 1 to 2 % of
-those in step 1.
+about a tenth of their peaks, and end at 0. The student's add up to 1 to 2 % of those of step 1.
 
 The program prints an AUROC of each stage, by the score above. For use, it saves a Detector [ours]:
 step 2's student with a Mahalanobis score.
@@ -100,7 +100,7 @@ class Settings:
     # begins at a tenth of it.
     lr_teacher: float = setting(1e-3, "learning rate of the teacher by itself")
     lr_student: float = setting(2e-3, "learning rate of the student, alone and in both steps")
-    lr_step2_teacher: float = setting(2e-4, "learning rate of the teacher in step 2")
+    lr_step2_teacher: float = setting(2e-4, "peak learning rate of the teacher in step 2")
     # the weights of the losses
     w_adv: float = setting(1.0, "weight of a GAN's adversarial loss")
     w_con: float = setting(1.0, "weight of a GAN's contextual loss")
@@ -114,7 +114,7 @@ class Settings:
     seed: int = setting(0, "random seed of initial weights and of the images' order", high=2**32)
 
 
-# What the run of each data set uses. Comments give the ratio of FLOPs, teacher to student, and the
+# The settings of each data set. Comments give the ratio of FLOPs, teacher to student, and the
 # paper's. How some of the values were chosen:
 #   lr_student, w_con             on a validation split of the training images, with earlier nets
 #   step2_updates, kd_residual    on that split, with these nets
@@ -165,9 +165,9 @@ def block_widths(size, width):
 
 
 class Encoder(nn.Module):
-    """DCGAN's discriminator with n_out outputs: convolutions that halve the image down to 4 x 4,
-    then a linear layer. A GAN has three: two encode, with n_out = z_dim, in its generator; one,
-    with n_out = 1, is its discriminator."""
+    """Like DCGAN's discriminator, with instance normalisation: convolutions that halve the image
+    down to 4 x 4, then a linear layer with n_out outputs. A GAN has three: two encode, with
+    n_out = z_dim, in its generator; one, with n_out = 1, is its discriminator."""
 
     def __init__(self, size, channels, width, n_out):
         super().__init__()
@@ -323,7 +323,7 @@ def distillation_losses(student, out_t, out_s, settings):
     alone, and loss_g is for G."""
     # ---- D of the student: minimise kd_adv L_D; x_hat_t is real, x_hat_s is fake. (In step 2,
     # kd_adv weighs this loss against L_D(x, x_hat_s). In step 1 it only has to be above 0: Adam
-    # ignores a common factor.)
+    # hardly notices a common factor.)
     logit_x_hat_t, f_x_hat_t = student.d(out_t.x_hat.detach())
     logit_x_hat_s, _ = student.d(out_s.x_hat.detach())
     loss_d = settings.kd_adv * discriminator_loss(logit_x_hat_t, logit_x_hat_s)
@@ -358,19 +358,20 @@ def rate_factor(update, updates):
 
 
 def new_optimizer(gans_and_rates):
-    """One Adam for all GANs of a stage, each with its own peak learning rate. The betas are
-    DCGAN's; fused changes only the speed."""
+    """One Adam for all GANs of a stage, each with its own peak learning rate, which
+    update_weights() scales. The betas are DCGAN's; fused changes only the speed."""
     groups = [{"params": gan.parameters(), "peak_rate": rate} for gan, rate in gans_and_rates]
     return torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
 
 
 def update_weights(gans, loss_d, loss_g, optimizer, factor):
-    """One update of GANs, in place, at peak rates times factor. Discriminators get the gradient of
-    loss_d alone, generators that of loss_g alone. Both are taken before any weight changes [ours].
-    GANs often update D first: loss_g has then to be computed anew, since it depends on D."""
+    """One update of GANs, in place, at the peak rates of new_optimizer() times factor.
+    Discriminators get the gradient of loss_d alone, generators that of loss_g alone. Both are taken
+    before any weight changes [ours]. GANs often update D first: loss_g has then to be computed
+    anew, since it depends on D."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak_rate"]
-    # (Parameters that are frozen by requires_grad_(False) would be refused as inputs.)
+    # Parameters that are frozen by requires_grad_(False) are left out: they would be refused.
     g_params = [p for gan in gans for p in gan.g.parameters() if p.requires_grad]
     optimizer.zero_grad()
     loss_d.backward()  # reaches discriminators alone, since x_hat is detached in it
@@ -405,8 +406,8 @@ def new_gan(x, width, settings):
 
 
 def train_gan(stage, gan, x, rate, updates, settings, report=None):
-    """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone", each
-    of which has a rate and updates of its own in the settings."""
+    """Train a GAN by itself on images x, in place: the stages "teacher" and "student_alone", which
+    differ in rate and updates alone."""
     optimizer = new_optimizer([(gan, rate)])
     for update, indices in enumerate(shuffled_batches(x, updates, settings), start=1):
         images = x[indices]
@@ -478,8 +479,8 @@ def train_step2(student, teacher, x, settings, report=None):
 
     By a second-hand summary, the paper compares with four ways to distil in a single step: with a
     frozen or a moving teacher, with or without the student's own losses. For these, call it with a
-    new student and step1_updates = 0, step2_updates = alone_updates, kd_residual = 0 (else the
-    rates would begin at a tenth of their peak); lr_step2_teacher = 0 freezes the teacher, and
+    new student, step2_updates = alone_updates, kd_residual = 0 and step1_updates = 0 (else the
+    rates would begin at a tenth of their peaks); lr_step2_teacher = 0 freezes the teacher, and
     w_own = 0 leaves out the student's own losses."""
     updates = settings.step2_updates
     both_steps = settings.step1_updates + settings.step2_updates
