@@ -1,6 +1,6 @@
 """P-KDGAN: one-class novelty detection by a tiny GAN that learned from a wide one.
 
-    python pkdgan.py                                 # digits, a minute on a CPU: AUROC about 96
+    python pkdgan.py                                 # digits, a minute: step 2's AUROC is about 96
     python pkdgan.py --dataset mnist --normal 3      # some ten minutes: about 96
     python pkdgan.py --dataset cifar10 --normal 3    # some twenty minutes; --help has the flags
 
@@ -330,9 +330,9 @@ def distillation_losses(student, out_t, out_s, settings):
     # ---- G of the student: minimise L_KD = kd_inter L_inter + kd_latent L_lat_kd + kd_adv L_adv_kd
     _, f_x_hat_s = student.d(out_s.x_hat)
     inter = intermediate_distillation_loss(out_t.x_hat, out_s.x_hat)
-    latent = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
-    adv = adversarial_distillation_loss(f_x_hat_t, f_x_hat_s)
-    loss_g = settings.kd_inter * inter + settings.kd_latent * latent + settings.kd_adv * adv
+    lat_kd = latent_distillation_loss(out_t.z, out_s.z, out_t.z_hat, out_s.z_hat)
+    adv_kd = adversarial_distillation_loss(f_x_hat_t, f_x_hat_s)
+    loss_g = settings.kd_inter * inter + settings.kd_latent * lat_kd + settings.kd_adv * adv_kd
     return loss_d, loss_g
 
 
@@ -1030,19 +1030,19 @@ def draw_samples(nets, task):
     with torch.no_grad():
         rows = torch.stack([x, nets["teacher"].g(x).x_hat, student.g(x).x_hat], dim=1)
     side = max(96, task.x.shape[3])  # of an image in the picture
-    step, margin = side + 4, 95  # at the left, for the names of the rows
-    picture = Image.new("RGB", (margin + len(x) * step + 12, 3 * step + 58), "white")
+    pitch, margin = side + 4, 95  # from image to image; at the left, for the names of the rows
+    picture = Image.new("RGB", (margin + len(x) * pitch + 12, 3 * pitch + 58), "white")
     draw = ImageDraw.Draw(picture)
     for row, name in enumerate(["image", "teacher", "student"]):
-        draw.text((4, row * step + side // 2 - 13), name, fill="black", font_size=22)
-    draw.text((4, 3 * step), "class\nscore", fill="black", font_size=22)
+        draw.text((4, row * pitch + side // 2 - 13), name, fill="black", font_size=22)
+    draw.text((4, 3 * pitch), "class\nscore", fill="black", font_size=22)
     for column, images in enumerate(rows.cpu()):
-        left = margin + column * step + (12 if kinds[column] != task.normal else 0)
+        left = margin + column * pitch + (12 if kinds[column] != task.normal else 0)
         for row, image in enumerate(images):
             tile = to_pil_image(image / 2 + 0.5).resize((side, side), Image.NEAREST)
-            picture.paste(tile, (left, row * step))
+            picture.paste(tile, (left, row * pitch))
         label = f"{kinds[column][:9]}\n{scores[column]:.2f}"
-        draw.text((left + 4, 3 * step), label, fill="black", font_size=22)
+        draw.text((left + 4, 3 * pitch), label, fill="black", font_size=22)
     return picture
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on each normal class of each data set, then print the tables: 30 runs, some hours on two CPU
 # cores with JOBS=2. What is finished is skipped.
-#   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs bash run_all.sh [flags of pkdgan.py]
+#   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs/all bash run_all.sh [pkdgan.py's flags]
 # These variables stand for the flags --dataset, --normal, --seed and --out.
 for flag in "$@"; do
   case ${flag%%=*} in # --seed=3 is --seed
@@ -12,10 +12,10 @@ for flag in "$@"; do
   esac
 done
 program=$(dirname "$0")/pkdgan.py
-out=${OUT:-runs}
+out=${OUT:-runs/all} # not runs, where single runs are, perhaps with flags of their own
 if [ $# -gt 0 ]; then
   flags=$*
-  out=$out/${flags//\//_} # such as "runs/--batch 16", so that settings do not mix; a / becomes _
+  out=$out/${flags//\//_} # such as "runs/all/--batch 16": settings do not mix; a / becomes _
 fi
 mkdir -p "$out" || exit 1
 

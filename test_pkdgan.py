@@ -1629,6 +1629,16 @@ def test_run_all_with_flags_has_a_folder_of_its_own(tmp_path):
     assert calls(tmp_path, "--table")[0][1:] == ["--table", out]
 
 
+def test_run_all_does_not_take_a_single_run_for_one_of_its_own(tmp_path):
+    """That may have been made with other flags, by the program alone."""
+    single = tmp_path / "runs" / "digits-1-seed0"
+    single.mkdir(parents=True)
+    for name in ("result.json", "student.pt"):
+        (single / name).touch()
+    assert run_all(tmp_path, NORMALS="1", OUT="").returncode == 0
+    assert runs_of(tmp_path) == [("digits", "0", "1", "runs/all/digits-1-seed0")]
+
+
 REFUSED_FLAGS = [["--seed", "5"], ["--w-own", "0", "--dataset=mnist"], ["-h"], ["--table", "runs"]]
 
 
