@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on each normal class of each data set, then print the tables: 30 runs, some hours on two CPU
 # cores with JOBS=2. What is finished is skipped.
-#   DATASETS=mnist NORMALS="3 8" SEEDS="0 1 2" JOBS=2 OUT=runs/all bash run_all.sh [pkdgan.py's flags]
+#   DATASETS=mnist NORMALS="3 8" SEEDS="0 1" JOBS=2 OUT=runs/all bash run_all.sh [pkdgan.py's flags]
 # These variables stand for the flags --dataset, --normal, --seed and --out.
 for flag in "$@"; do
   case ${flag%%=*} in # --seed=3 is --seed
