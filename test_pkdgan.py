@@ -1405,6 +1405,27 @@ def python_block(word):
     return block
 
 
+def test_photographs_are_parted_by_the_readme(tmp_path, monkeypatch):
+    """Each stands in one place; photographs of one part stay together, in a random order."""
+    monkeypatch.chdir(tmp_path)
+    for kind, parts in (("good", 60), ("bad", 3)):
+        Path("photographs", kind).mkdir(parents=True)
+        for part, view in [(part, view) for part in range(parts) for view in "ab"]:
+            Path("photographs", kind, f"P_{part:02}.{view}.jpg").write_text(f"{kind} {part} {view}")
+    Path("split.py").write_text(python_block("photographs"))
+    runpy.run_path("split.py")
+    files = sorted(Path("parts").rglob("*.jpg"))
+    texts = [file.read_text().split() for file in files]
+    assert len(texts) == 2 * 63 and len({tuple(text) for text in texts}) == 2 * 63
+    folders = {}
+    for file, (kind, part, _) in zip(files, texts, strict=True):
+        folders.setdefault((kind, int(part)), []).append(file.parent.as_posix())
+    assert all(a == b for a, b in folders.values())
+    assert {a for (kind, _), (a, _) in folders.items() if kind == "bad"} == {"parts/test/bad"}
+    trained = [p for (kind, p), (a, _) in folders.items() if a == "parts/train/good"]
+    assert len(trained) == 20 and trained != sorted(trained)  # they are in the files' order
+
+
 def test_pca_by_the_readme_flags_what_is_unlike_the_good_images(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("parts/train/good").mkdir(parents=True)
